@@ -26,6 +26,7 @@ class Worker:
             "worker": ray.get_runtime_context().get_worker_id(),
             "variable": os.environ.get("AWS_REGION"),
             "group": os.getpgrp(),
+            "drawn": ray.ObjectRef.from_random().hex(),
         }
 
 
@@ -64,6 +65,13 @@ def test_a_worker_and_its_shim_end_together(start: Any) -> None:
         assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
         with pytest.raises(ActorDiedError):
             ray.get(actor.tell.remote())
+
+
+def test_workers_draw_ids_of_their_own(start: Any) -> None:
+    """With equal ids, two that start at once make the same object; one crashes, and Ray replaces it after a minute."""
+    told = [start()[1], start(PL_DISABLE_FORK="1")[1]]
+    assert all(each["parent"] != each["raylet"] for each in told), "both are forked"
+    assert told[0]["drawn"] != told[1]["drawn"]
 
 
 def test_a_worker_with_a_variable_that_imports_may_read_starts_plain(start: Any) -> None:

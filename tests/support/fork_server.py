@@ -24,10 +24,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # Prefixes of variables that no library reads while it is imported, or that say what the server knows anyway.
 _LATE = (
@@ -187,10 +188,34 @@ def import_all() -> None:
     from llm_training_toolkit.engine import prepare_deepspeed
 
     prepare_deepspeed("cpu")
-    for name in _TOOLKIT.split():
-        importlib.import_module(f"llm_training_toolkit.{name}")
-    for name in _OTHERS.split():
-        importlib.import_module(name)
+    with _ray_generator_unseeded():
+        for name in _TOOLKIT.split():
+            importlib.import_module(f"llm_training_toolkit.{name}")
+        for name in _OTHERS.split():
+            importlib.import_module(name)
+
+
+@contextmanager
+def _ray_generator_unseeded() -> Iterator[None]:
+    """Draw the ids of Ray's actor classes from the system, so that Ray's own generator is first used after a fork.
+
+    Forked with its state, it gave all workers the same id for the object with which each begins. Of two that started
+    within milliseconds one crashed, and the raylet waited a minute before it started another.
+    """
+    import ray.actor
+
+    with mock.patch.object(ray.actor, "ActorClassID", _SystemActorClassID):
+        yield
+
+
+class _SystemActorClassID:
+    """Actor class id drawn from the system."""
+
+    @staticmethod
+    def from_random() -> object:
+        from ray import ActorClassID
+
+        return ActorClassID(os.urandom(ActorClassID.size()))
 
 
 def _serve(control: socket.socket) -> Order | None:

@@ -45,6 +45,7 @@ _LATE = (
     *(
         "AWS_",
         "PATH",
+        "PL_DISABLE_FORK",  # set by Ray Tune for Lightning, which is not installed
         "PYTEST_",
         "RAY_AUTH_TOKEN",
         "RAY_CLIENT_MODE",
