@@ -5,6 +5,12 @@ BIN := $(VENV)/bin
 
 SHELL := bash
 
+# Images often set it. Every process that starts by itself would then compile the toolkit again, half a second each time.
+unexport PYTHONDONTWRITEBYTECODE
+# pip would compile every module of every package, as long as copying them takes; most are never imported.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
+IMPORTED := deepspeed.runtime.zero.stage3, peft, ray.train.torch, ray.tune, torch._dynamo, transformers.models.qwen3.modeling_qwen3
+
 .PHONY: drill-io quickstart test test-fast test-fast-one test-fast-other test-slow test-cluster test-ranks lint check bench-step bench-start bench-data bench-memory bench-loading bench-checkpoint bench-tune bench-scale drill gpu-smoke cluster format install requirements structure docs site experiment clean
 
 quickstart: $(VENV)/.installed  ## install, train a small model on this machine, export it, let it write
@@ -116,16 +122,17 @@ $(VENV)/bin/python:
 # The pinned requirements first, then the package itself without asking for anything more.
 $(VENV)/.installed: $(VENV)/bin/python requirements.txt pyproject.toml
 	@echo "installing into $(VENV) (some minutes at the first time)"
-	@$(BIN)/python -m pip install --quiet --requirement requirements.txt
-	@$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@$(PIP) --requirement requirements.txt
+	@$(PIP) --no-deps --editable .
+	@$(BIN)/python -c "import $(IMPORTED)" >/dev/null 2>&1
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
-	@$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	@$(PIP) --requirement requirements-dev.txt
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed requirements-bench.txt
-	@$(BIN)/python -m pip install --quiet --requirement requirements-bench.txt
+	@$(PIP) --requirement requirements-bench.txt
 	@touch $@
 
 clean:  ## remove what was built and every run

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_training_toolkit.config import (
@@ -439,6 +439,7 @@ def test_json_round_trip(config: Config) -> None:
     assert type(again.optim.warmup) is type(config.optim.warmup)
 
 
+@settings(max_examples=30)
 @given(configs)
 def test_a_json_file_is_a_yaml_file(config: Config) -> None:
     """Every resolved value keeps its meaning when a person pastes it into an override."""

@@ -19,6 +19,7 @@ from llm_training_toolkit.models.lora import add_adapters
 from llm_training_toolkit.plan.memory.activations import estimate_kept_bytes, estimate_layer_bytes, get_attention_memory
 from llm_training_toolkit.plan.memory.memory_estimate import DeviceWorkload
 
+pytestmark = pytest.mark.slow  # 62 cases, 40 s of processor time
 TOKENS = 256
 QWEN = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "vocab_size": 256}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from llm_training_toolkit import families
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families.family import ISOLATED_MODEL_TYPES
 from llm_training_toolkit.models import LossModule, build_model
+from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 
 LENGTHS = (9, 14, 1, 8)
 TOTAL = sum(LENGTHS)
@@ -102,23 +102,34 @@ def attention(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def plain_model(config: dict[str, Any], attention: str) -> LossModule:
+    return make_model(config, attention, "none")
+
+
 @pytest.fixture(scope="module", params=["none", "full"])
 def model(request: pytest.FixtureRequest, config: dict[str, Any], attention: str) -> LossModule:
+    return make_model(config, attention, request.param)
+
+
+@pytest.fixture(scope="module", params=["training", "evaluating", "checkpointing"])
+def model_in_mode(request: pytest.FixtureRequest, config: dict[str, Any], attention: str) -> LossModule:
+    """A model that trains, evaluates, or trains with checkpointing, which evaluation never does."""
+    model = make_model(config, attention, "full" if request.param == "checkpointing" else "none")
+    return model.train(request.param != "evaluating")
+
+
+@pytest.fixture
+def moded_model(model_in_mode: LossModule) -> Iterator[LossModule]:
+    """The model, with gradients while it trains."""
+    with torch.set_grad_enabled(model_in_mode.training):
+        yield model_in_mode
+
+
+def make_model(config: dict[str, Any], attention: str, checkpointing: ActivationCheckpointing) -> LossModule:
     torch.manual_seed(0)
-    built = build_model(config, precision="fp32", attention=attention, activation_checkpointing=request.param)
+    built = build_model(config, precision="fp32", attention=attention, activation_checkpointing=checkpointing)
     return LossModule(built, 5)
-
-
-@pytest.fixture(params=[True, False], ids=["training", "evaluating"])
-def training(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
-
-
-@contextmanager
-def mode(model: LossModule, *, training: bool) -> Iterator[None]:
-    model.train(training)
-    with torch.set_grad_enabled(training):
-        yield
 
 
 def rows() -> tuple[Tensor, Tensor]:
@@ -130,59 +141,57 @@ def rows() -> tuple[Tensor, Tensor]:
     return ids, torch.cat([torch.arange(length) for length in LENGTHS]).repeat(2, 1)
 
 
-def test_changing_a_document_changes_no_logit_of_another(model: LossModule, *, training: bool) -> None:
+def test_changing_a_document_changes_no_logit_of_another(moded_model: LossModule) -> None:
     ids, positions = rows()
-    with mode(model, training=training):
-        before = model.compute_logits(ids, positions).detach()
-        for changed, place in enumerate(SPANS):
-            other = ids.clone()
-            other[0, place] += 7
-            after = model.compute_logits(other, positions).detach()
-            assert torch.equal(before[1], after[1]), "the other row"
-            assert not torch.isclose(before[0, place], after[0, place]).all(dim=-1).any()
-            for document, span in enumerate(SPANS):
-                assert document == changed or torch.equal(before[0, span], after[0, span]), f"document {document}"
+    before = moded_model.compute_logits(ids, positions).detach()
+    for changed, place in enumerate(SPANS):
+        other = ids.clone()
+        other[0, place] += 7
+        after = moded_model.compute_logits(other, positions).detach()
+        assert torch.equal(before[1], after[1]), "the other row"
+        assert not torch.isclose(before[0, place], after[0, place]).all(dim=-1).any()
+        for document, span in enumerate(SPANS):
+            assert document == changed or torch.equal(before[0, span], after[0, span]), f"document {document}"
 
 
-def test_a_packed_document_has_the_logits_it_has_alone(model: LossModule, *, training: bool) -> None:
+def test_a_packed_document_has_the_logits_it_has_alone(moded_model: LossModule) -> None:
     ids, positions = rows()
-    with mode(model, training=training):
-        packed = model.compute_logits(ids, positions).detach()
-        for span in SPANS:
-            alone = model.compute_logits(ids[:, span], positions[:, span]).detach()
-            rounding = 1e-4 * max(1.0, float(alone.abs().max()))
-            torch.testing.assert_close(packed[:, span], alone, rtol=1e-4, atol=rounding)
+    packed = moded_model.compute_logits(ids, positions).detach()
+    for span in SPANS:
+        alone = moded_model.compute_logits(ids[:, span], positions[:, span]).detach()
+        rounding = 1e-4 * max(1.0, float(alone.abs().max()))
+        torch.testing.assert_close(packed[:, span], alone, rtol=1e-4, atol=rounding)
 
 
-def test_within_a_document_a_token_changes_what_follows_and_nothing_before(model: LossModule) -> None:
+def test_within_a_document_a_token_changes_what_follows_and_nothing_before(plain_model: LossModule) -> None:
     ids, positions = rows()
     other = ids.clone()
     middle = SPANS[1].start + 5
     other[0, middle] += 7
-    with mode(model, training=False):
-        before, after = (model.compute_logits(each, positions)[0] for each in (ids, other))
+    plain_model.eval()
+    with torch.no_grad():
+        before, after = (plain_model.compute_logits(each, positions)[0] for each in (ids, other))
     same = (before == after).all(dim=-1)
     assert same.tolist() == [not middle <= place < SPANS[1].stop for place in range(TOTAL)]
 
 
 @pytest.mark.parametrize("chosen", range(len(LENGTHS)))
-def test_the_loss_of_a_document_sends_no_gradient_into_another(model: LossModule, chosen: int) -> None:
+def test_the_loss_of_a_document_sends_no_gradient_into_another(plain_model: LossModule, chosen: int) -> None:
     ids, positions = rows()
     labels = torch.full_like(ids, -100)
     labels[:, SPANS[chosen]] = 5
-    model.train().zero_grad()
-    model(ids, positions, labels).backward()
-    gradient = model.lm.get_input_embeddings().weight.grad  # type: ignore[operator]
+    plain_model.train().zero_grad()
+    plain_model(ids, positions, labels).backward()
+    gradient = plain_model.lm.get_input_embeddings().weight.grad  # type: ignore[operator]
     touched = {int(token) // 100 for token in gradient.abs().sum(dim=-1).nonzero()}
     assert touched == {chosen}
 
 
-def test_the_loss_of_a_row_is_the_sum_over_its_documents(model: LossModule, *, training: bool) -> None:
+def test_the_loss_of_a_row_is_the_sum_over_its_documents(moded_model: LossModule) -> None:
     ids, positions = rows()
     labels = ids.roll(-1, 1)
-    with mode(model, training=training):
-        whole = model(ids, positions, labels)
-        parts = [model(ids[:, span], positions[:, span], labels[:, span]) for span in SPANS]
+    whole = moded_model(ids, positions, labels)
+    parts = [moded_model(ids[:, span], positions[:, span], labels[:, span]) for span in SPANS]
     torch.testing.assert_close(whole, torch.stack(parts).sum(), rtol=1e-5, atol=1e-3)
 
 

@@ -10,6 +10,7 @@ from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 from llm_training_toolkit.plan.memory.memory_estimate import estimate_pass_bytes
 from memory_dry_run import DryRun, build_sized_run, list_recipe_runs
 
+pytestmark = pytest.mark.slow
 LORA = {"lora": {"rank": 64, "alpha": 16, "dropout": 0.05}}
 TWO_LAYERS: dict[str, Any] = {"config_overrides": {"num_hidden_layers": 2}}
 SMALL: list[tuple[str, ActivationCheckpointing, Any, dict[str, Any]]] = [

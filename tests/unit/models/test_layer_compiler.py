@@ -25,7 +25,7 @@ from tiny_models import SHAPES, one_thread
 from unit.models.test_checkpointing import TOKENS, config_of
 
 # torch hides this warning of its own where warnings are shown, which is too late where they are errors.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")]
 COMPILED = [name for name, shape in SHAPES.items() if "linear_num_value_heads" not in shape]
 LORA = {"rank": 4, "dropout": 0.1}
 Batch = tuple[Tensor, Tensor]

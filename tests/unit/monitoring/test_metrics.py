@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import fork_server
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent, WarningEvent
 from llm_training_toolkit.monitoring.metrics import Metrics
@@ -127,7 +127,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_killed_writer_has_lost_nothing_and_a_resume_hides_what_it_repeats(
     run: RunDirectory, context: RunContext
 ) -> None:
-    killed = subprocess.run([sys.executable, "-c", _KILLED, run.path], check=False)
+    killed = fork_server.run([sys.executable, "-c", _KILLED, str(run.path)])
     assert killed.returncode == -9
     assert points(run, "train/loss") == [(step, float(step)) for step in range(1, 6)]
     assert curves(run).Tags()["tensors"] == ["note/text_summary"]

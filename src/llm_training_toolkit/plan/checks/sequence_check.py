@@ -66,3 +66,8 @@ def _find_unsupported_problems(config: Config, size: ModelSize, dims: ModelDims)
     if lora is not None and lora.dropout > 0:
         what = f"dropout of {lora.dropout:g} draws one mask for a whole sequence, and a worker has a slice of each"
         yield Problem("sequence-parallel-dropout", "model.lora.dropout", what, "Set it to 0")
+    if lora is not None and lora.quantize is not None:
+        what = f"its gradients were never compared on {lora.quantize} weights, which need a GPU"
+        yield Problem(
+            "sequence-parallel-quantize", "model.lora.quantize", what, f"Remove it, or {SEQUENCE_PARALLEL_KEY}"
+        )

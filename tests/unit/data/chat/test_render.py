@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_training_toolkit.data.chat.parse import parse_conversation
@@ -149,6 +149,7 @@ def conversations(texts: st.SearchStrategy[str]) -> st.SearchStrategy[list[dict[
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
+@settings(max_examples=30)  # of each of fourteen families
 @given(messages=conversations(ROUGH))
 def test_the_tokens_are_those_of_transformers(
     make_chat: ChatMaker, family: str, messages: list[dict[str, Any]]
@@ -181,6 +182,7 @@ def test_the_tokens_are_those_of_transformers_with_tools(
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
+@settings(max_examples=30)  # of each of fourteen families
 @given(messages=conversations(PLAIN))
 def test_loss_is_exactly_what_the_assistant_says(
     make_chat: ChatMaker, family: str, messages: list[dict[str, Any]]

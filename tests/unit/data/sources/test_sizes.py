@@ -219,6 +219,7 @@ def measure(folder: Path, tokenizer: Path, path: Path, limit: float) -> tuple[in
     return int(documents), int(cut), float(mebibytes)
 
 
+@pytest.mark.slow
 def test_one_compressed_document_does_not_take_the_memory(tmp_path: Path, tokenizer_path: Path) -> None:
     """Stated bound: 700 MiB and 50 times `max_document_mb`, whatever the size of the document."""
     path = tmp_path / "a.txt.gz"

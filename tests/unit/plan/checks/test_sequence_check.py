@@ -45,6 +45,16 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], str, str]] = [
     ({"model": {"lora": {"dropout": 0.1}}}, "sequence-parallel-dropout", "model.lora.dropout"),
     (
         {
+            "model": {"lora": {"quantize": "nf4"}},
+            "cluster": {"gpus_per_worker": 1},
+            "train": {"precision": "bf16"},
+            "engine": {"zero_stage": 2, "sequence_parallel": 2},
+        },
+        "sequence-parallel-quantize",
+        "model.lora.quantize",
+    ),
+    (
+        {
             "model": {"name": "qwen3-30b-a3b", "config_overrides": {}},
             "train": {"router_balance": 0.1},
         },
