@@ -22,7 +22,7 @@ WARM_UP = 2
 LENGTH = 256
 
 
-class Parts:
+class PartTimer:
     """Seconds of named parts of the step under way; a part within another one counts in both."""
 
     def __init__(self) -> None:
@@ -42,11 +42,11 @@ class Parts:
         setattr(owner, name, timed)
 
 
-def build(size: str, precision: str, stage: int, parts: Parts) -> Any:
+def build(size: str, precision: str, stage: int, parts: PartTimer) -> Any:
     """An engine whose parts are timed."""
     import torch
 
-    from common import Asked, model
+    from common import StepRequest, model
     from llm_training_toolkit.config.schema import OptimConfig
     from llm_training_toolkit.engine import Engine, zero3_init
     from llm_training_toolkit.models import LossModule
@@ -72,7 +72,7 @@ def build(size: str, precision: str, stage: int, parts: Parts) -> Any:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     with zero3_init(config):
-        module = LossModule(model(Asked("qwen3", size, precision, 0, 1), dtype), "auto")
+        module = LossModule(model(StepRequest("qwen3", size, precision, 0, 1), dtype), "auto")
     engine = Engine(module, OptimConfig(lr=1e-4), config, torch.device("cpu"), zero_stage=stage)
     parts.watch(engine, "_run_forward", "forward")
     parts.watch(engine.deepspeed, "backward", "backward")
@@ -105,7 +105,7 @@ def micro_batch(size: str) -> Any:
     return MicroBatch(ids, positions, labels, *compute_cu_seqlens(positions))
 
 
-def one_step(engine: Any, size: str, micro_batches: int, parts: Parts) -> dict[str, float]:
+def one_step(engine: Any, size: str, micro_batches: int, parts: PartTimer) -> dict[str, float]:
     """Seconds of the parts of a step, the whole of it, and its page faults."""
     batches = [micro_batch(size) for _ in range(micro_batches)]
     tokens = sum(int((batch.labels >= 0).sum()) for batch in batches)
@@ -130,7 +130,7 @@ def profile(arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
 
     from llm_training_toolkit.models import loss
 
-    parts = Parts()
+    parts = PartTimer()
     parts.watch(qwen3, "create_causal_mask", "forward: mask")
     parts.watch(loss, "compute_token_loss_sum", "forward: loss")
     engines = {stage: build(arguments.size, arguments.precision, stage, parts) for stage in arguments.zero}

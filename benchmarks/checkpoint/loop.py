@@ -37,7 +37,7 @@ WEIGHT_DECAY = 0.1
 
 
 @dataclass(frozen=True)
-class Asked:
+class SaveRequest:
     """What one process is to do; a JSON object on its command line."""
 
     directory: str

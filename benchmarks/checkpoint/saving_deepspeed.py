@@ -9,12 +9,12 @@ import sys
 import torch
 import torch.distributed as dist
 
-from loop import CLIP, LR, WEIGHT_DECAY, Asked, Clock, model, rows
+from loop import CLIP, LR, WEIGHT_DECAY, Clock, SaveRequest, model, rows
 
 
 def main() -> None:
     """Train, save and report."""
-    asked = Asked(**json.loads(sys.argv[1]))
+    asked = SaveRequest(**json.loads(sys.argv[1]))
     torch.set_num_threads(asked.threads)
     os.environ["LOCAL_RANK"] = "0"
     import deepspeed

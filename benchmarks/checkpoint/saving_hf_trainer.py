@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loop import CLIP, LR, WEIGHT_DECAY, Asked, Clock, model, rows
+from loop import CLIP, LR, WEIGHT_DECAY, Clock, SaveRequest, model, rows
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
@@ -47,7 +47,7 @@ class Ticks(TrainerCallback):  # type: ignore[misc] # transformers has no types
 
 def main() -> None:
     """Train, save and report."""
-    asked = Asked(**json.loads(sys.argv[1]))
+    asked = SaveRequest(**json.loads(sys.argv[1]))
     torch.set_num_threads(asked.threads)
     arguments = TrainingArguments(
         output_dir=asked.directory,

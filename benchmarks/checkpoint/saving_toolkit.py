@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.cli.app import main as ltt
-from loop import CLIP, LENGTH, LR, SHAPES, VOCABULARY, WEIGHT_DECAY, Asked, Measured, size_of
+from loop import CLIP, LENGTH, LR, SHAPES, VOCABULARY, WEIGHT_DECAY, Measured, SaveRequest, size_of
 
 
-def configuration(asked: Asked) -> dict[str, Any]:
+def configuration(asked: SaveRequest) -> dict[str, Any]:
     """Of a run that is longer than what is measured: its last step would save and wait for it."""
     return {
         "run": {"name": "run", "dir": asked.directory},
@@ -44,7 +44,7 @@ def recorded(run: Path, key: str) -> dict[int, dict[str, Any]]:
     return {row["step"]: row for row in found if key in row}
 
 
-def measure(asked: Asked) -> Measured:
+def measure(asked: SaveRequest) -> Measured:
     """Wait for the last step and the last checkpoint that are to be measured."""
     run = Path(asked.directory) / "run"
     saves = [asked.every * number for number in range(1, asked.saves + 1)]
@@ -73,7 +73,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def main() -> None:
     """Train in this process and end it as soon as all is measured."""
-    asked = Asked(**json.loads(sys.argv[1]))
+    asked = SaveRequest(**json.loads(sys.argv[1]))
     path = Path(asked.directory) / "run.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(configuration(asked)))

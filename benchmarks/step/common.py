@@ -31,7 +31,7 @@ WEIGHT_DECAY = 0.1
 
 
 @dataclass(frozen=True)
-class Asked:
+class StepRequest:
     """What one loop is to do; a JSON object on its command line."""
 
     family: str
@@ -65,9 +65,9 @@ class Asked:
         return self.rows * self.micro_batches * world_size()
 
 
-def asked() -> Asked:
+def read_request() -> StepRequest:
     """What the command line asks."""
-    return Asked(**json.loads(sys.argv[1]))
+    return StepRequest(**json.loads(sys.argv[1]))
 
 
 def world_size() -> int:
@@ -79,7 +79,7 @@ def world_size() -> int:
 class Clock:
     """Seconds of each step after the warm-up."""
 
-    asked: Asked
+    asked: StepRequest
     seconds: list[float] = field(default_factory=list)
     last: float = 0.0
 
@@ -97,15 +97,15 @@ class Clock:
             print(json.dumps({"tokens_per_second": self.asked.global_batch * LENGTH / median}), flush=True)
 
 
-def start() -> tuple[Asked, Clock]:
+def start() -> tuple[StepRequest, Clock]:
     """What is asked and a clock; one thread a rank, a gloo group."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    return asked(), Clock(asked())
+    return read_request(), Clock(read_request())
 
 
-def model(asked: Asked, dtype: torch.dtype) -> Any:
+def model(asked: StepRequest, dtype: torch.dtype) -> Any:
     """The model with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -117,6 +117,6 @@ def model(asked: Asked, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
-def batch(asked: Asked) -> torch.Tensor:
+def batch(asked: StepRequest) -> torch.Tensor:
     """Random tokens of a micro-batch (rows, LENGTH)."""
     return torch.randint(0, VOCABULARY, (asked.rows, LENGTH))

@@ -9,14 +9,14 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
-from common import CLIP, FAMILIES, LR, WEIGHT_DECAY, Clock, asked
+from common import CLIP, FAMILIES, LR, WEIGHT_DECAY, Clock, read_request
 from llm_training_toolkit.cli.app import main as ltt
 from loop import LENGTH, VOCABULARY
 
 
 def main() -> None:
     """Train and report."""
-    work = asked()
+    work = read_request()
     directory = Path(tempfile.gettempdir()) / f"ltt-bench-step-{os.environ['TORCHELASTIC_RUN_ID']}-{os.getppid()}"
     directory.mkdir(exist_ok=True)
     config = {

@@ -28,7 +28,7 @@ Found = tuple[Verdict, str, str]
 """Verdict, value, what was expected."""
 Stages = Mapping[str, Sequence[Values]]
 """What the stages of each task gave."""
-Judge = Callable[[Stages, Bench, Values], Found]
+Assessment = Callable[[Stages, Bench, Values], Found]
 """From stages, bench and facts of the machine to a finding."""
 
 
@@ -49,7 +49,7 @@ class Check:
 
     name: str
     tasks: Sequence[str]
-    judge: Judge
+    assess: Assessment
     optional: bool = False
     """A task that fails means that this machine does not have it."""
 
@@ -65,7 +65,7 @@ class Check:
             if isinstance(result, Skipped):
                 return Row(self.name, "skipped", result.reason)
         stages = {task: result.stages for task, result in found.items() if isinstance(result, Done)}
-        return Row(self.name, *self.judge(stages, bench, machine))
+        return Row(self.name, *self.assess(stages, bench, machine))
 
 
 def _verdict(*conditions: bool) -> Verdict:
@@ -114,8 +114,8 @@ def _precision(stages: Stages, _bench: Bench, _machine: Values) -> Found:
     return _verdict(_falls(low), away <= _LOSS), value, f"finite, falls, within {_LOSS:.0%} of fp32"
 
 
-def _attention(kind: str) -> Judge:
-    def judge(stages: Stages, _bench: Bench, _machine: Values) -> Found:
+def _attention(kind: str) -> Assessment:
+    def assess(stages: Stages, _bench: Bench, _machine: Values) -> Found:
         found = stages[kind][0]
         faults = [f"{name} in {precision}" for precision in found for name in attention_faults(found[precision])]
         if "fp32" in found and found["fp32"]["error"] > _FP32_ATTENTION:
@@ -131,7 +131,7 @@ def _attention(kind: str) -> Judge:
             "as near to eager in fp32 as eager in bf16 is; documents do not see each other",
         )
 
-    return judge
+    return assess
 
 
 def attention_faults(found: Values) -> list[str]:
@@ -148,14 +148,14 @@ def attention_faults(found: Values) -> list[str]:
     return [name for name, good in right.items() if not good]
 
 
-def _zero(stage: int) -> Judge:
-    def judge(stages: Stages, _bench: Bench, _machine: Values) -> Found:
+def _zero(stage: int) -> Assessment:
+    def assess(stages: Stages, _bench: Bench, _machine: Values) -> Found:
         losses = stages[f"zero{stage}"][0]["losses"]
         away = _apart(losses, stages["zero2"][0]["losses"])
         value = f"loss {losses[0]:.3f} to {losses[-1]:.3f}, at most {away:.2%} from ZeRO 2"
         return _verdict(_falls(losses), away <= _LOSS), value, f"finite, falls, within {_LOSS:.0%} of ZeRO 2"
 
-    return judge
+    return assess
 
 
 def _two_ranks(stages: Stages, _bench: Bench, _machine: Values) -> Found:

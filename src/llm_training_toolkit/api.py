@@ -29,7 +29,7 @@ from llm_training_toolkit.config import Config, parse_config, parse_config_json
 from llm_training_toolkit.config import load_config as load_config_file
 from llm_training_toolkit.config.search import SearchConfig
 from llm_training_toolkit.errors import ConfigError, Problem, ToolkitError  # noqa: F401 - ltt.Problem
-from llm_training_toolkit.launch.child import Progress, run_command
+from llm_training_toolkit.launch.child import ProgressCallback, run_command
 from llm_training_toolkit.launch.request import TrainResult
 from llm_training_toolkit.runs.directory import check_run
 from llm_training_toolkit.runs.history import read_history
@@ -80,7 +80,7 @@ def estimate(config: ConfigSource, cluster: str | Path, overrides: Sequence[str]
     return estimated
 
 
-def prepare(config: ConfigSource, overrides: Sequence[str] = (), *, progress: Progress = print) -> DatasetInfo:
+def prepare(config: ConfigSource, overrides: Sequence[str] = (), *, progress: ProgressCallback = print) -> DatasetInfo:
     """Prepare the data of a run in its cache and return its description; `progress` gets each line of the console."""
     from llm_training_toolkit.commands.prepare import prepare_dataset
     from llm_training_toolkit.monitoring.console import Console
@@ -112,7 +112,7 @@ def train(
     *,
     accept: Sequence[str] = (),
     extend: bool = False,
-    progress: Progress = print,
+    progress: ProgressCallback = print,
 ) -> TrainResult:
     """Train a run in a process of its own; the same call resumes it. `accept` and `extend` as for `ltt train`.
 
@@ -141,7 +141,7 @@ class SearchResult:
     """Tokens of all trials."""
 
 
-def tune(search: SearchSource, overrides: Sequence[str] = (), *, progress: Progress = print) -> SearchResult:
+def tune(search: SearchSource, overrides: Sequence[str] = (), *, progress: ProgressCallback = print) -> SearchResult:
     """Search hyperparameters in a process of its own; the same call resumes. Interrupts and errors as for `train`.
 
     A mapping needs a `name`, and its `base` is relative to the working directory.

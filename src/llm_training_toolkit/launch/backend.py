@@ -27,9 +27,9 @@ from llm_training_toolkit.runs.storage.open import storage_errors
 from llm_training_toolkit.runs.user_directory import create_user_directory
 from llm_training_toolkit.setup.machine import is_local
 
-# Ray Train copies these variables from the driver to its controller and workers.
 # Ray adds up to 68 characters (/ray/session_<date>_<pid>/sockets/plasma_store) to a socket's 107.
 _MAX_RAY_TMPDIR = 38
+# Ray Train copies these variables from the driver to its controller and workers.
 _RAY_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",  # covers placement only; capacity was checked just before
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",

@@ -16,12 +16,12 @@ from typing import IO, Any
 from llm_training_toolkit import errors
 from llm_training_toolkit.errors import LaunchError, Problem, ToolkitError
 
-Progress = Callable[[str], object]
+ProgressCallback = Callable[[str], object]
 _POLL_SECONDS = 0.1
 _LAST_LINES = 20  # of the progress, for the error of a process that ended without a word
 
 
-def run_command(verb: str, arguments: Sequence[str], progress: Progress) -> dict[str, Any]:
+def run_command(verb: str, arguments: Sequence[str], progress: ProgressCallback) -> dict[str, Any]:
     """Run `ltt VERB … --json` and return its JSON object. Raises the ToolkitError that it ended with.
 
     On KeyboardInterrupt the command is asked to stop, once for each interrupt, and awaited.
@@ -48,7 +48,7 @@ def run_command(verb: str, arguments: Sequence[str], progress: Progress) -> dict
 
 
 def _follow_lines(
-    process: subprocess.Popen[str], lines: queue.SimpleQueue[str], reader: threading.Thread, progress: Progress
+    process: subprocess.Popen[str], lines: queue.SimpleQueue[str], reader: threading.Thread, progress: ProgressCallback
 ) -> list[str]:
     """Pass every line to `progress` until the process has ended; return the last ones."""
     last = deque[str](maxlen=_LAST_LINES)

@@ -32,7 +32,7 @@ class Hint:
 
 
 @dataclass(frozen=True)
-class Line:
+class ChartLine:
     """Line of one run."""
 
     name: str
@@ -49,7 +49,7 @@ class Chart:
 
     title: str
     across: str
-    lines: tuple[Line, ...]
+    lines: tuple[ChartLine, ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
 
@@ -68,7 +68,7 @@ def build_chart(title: str, across: str, series: Sequence[tuple[str, Sequence[Po
         return WIDTH * (x - left) / (right - left), HEIGHT * (high - y) / (high - low)
 
     lines = tuple(
-        Line(
+        ChartLine(
             name, number, _format_path([place(point) for point in thin_out(points)]), tuple(_iter_hints(points, place))
         )
         for number, ((name, _), points) in enumerate(zip(series, finite, strict=True))

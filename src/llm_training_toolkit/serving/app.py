@@ -16,9 +16,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from llm_training_toolkit.serving.access import check_access, read_body
-from llm_training_toolkit.serving.answer import Answer, run_while_connected
 from llm_training_toolkit.serving.api_error import ApiError
-from llm_training_toolkit.serving.batcher import AnswerStream, Batcher, QueuedRow
+from llm_training_toolkit.serving.batcher import Batcher, QueuedRow, ResponseStream
+from llm_training_toolkit.serving.model_response import ModelResponse, run_while_connected
 from llm_training_toolkit.serving.reply_parser import ReplyParser
 from llm_training_toolkit.serving.request_body import ChatBody, CompletionBody, GenerationBody, parse_body
 from llm_training_toolkit.serving.served_model import ServedModel, ServedPrompt
@@ -48,10 +48,10 @@ def build_app(model: ServedModel, settings: ServingSettings) -> Starlette:
         Route("/v1/chat/completions", server.complete_chat, methods=["POST"]),
     ]
     handlers = {
-        ApiError: _answer_api_error,
-        HTTPException: _answer_http_error,
-        ClientDisconnect: _answer_nobody,
-        Exception: _answer_unknown_error,
+        ApiError: _respond_to_api_error,
+        HTTPException: _respond_to_http_error,
+        ClientDisconnect: _respond_to_nobody,
+        Exception: _respond_to_unknown_error,
     }
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=server.live)
 
@@ -95,7 +95,7 @@ class _Server:
 
     async def complete_text(self, request: Request) -> Response:
         """Continue a text, or fill the gap before a suffix."""
-        return await self._answer(request, CompletionBody, self._model.tokenize_completion, None)
+        return await self._generate_response(request, CompletionBody, self._model.tokenize_completion, None)
 
     async def complete_chat(self, request: Request) -> Response:
         """Answer a conversation."""
@@ -104,9 +104,9 @@ class _Server:
             offered = bool(body.tools) and body.tool_choice != "none"
             return ReplyParser(tools=offered, thinking=prompt.opens_thinking)
 
-        return await self._answer(request, ChatBody, self._model.tokenize_chat, build_parser)
+        return await self._generate_response(request, ChatBody, self._model.tokenize_chat, build_parser)
 
-    async def _answer(
+    async def _generate_response(
         self,
         request: Request,
         kind: type[Body],
@@ -120,13 +120,13 @@ class _Server:
         self._batcher.check_room()  # before a long prompt is tokenized
         prompt = await asyncio.to_thread(tokenize, body)
         new_tokens = self._model.compute_new_tokens(prompt, body.asked_tokens, self._limits.max_tokens)
-        stream = AnswerStream(self._limits.timeout, deadline)
+        stream = ResponseStream(self._limits.timeout, deadline)
         how = body.build_sampling_params(new_tokens)
         self._batcher.submit(QueuedRow(prompt.tokens, how, stream, body.stops, prompt.written_ids))
         parser = None if build_parser is None else build_parser(body, prompt)
-        answer = Answer(stream, parser, self._model.name, len(prompt.tokens.ids))
+        model_response = ModelResponse(stream, parser, self._model.name, len(prompt.tokens.ids))
         try:
-            return await self._respond(request, answer, body)
+            return await self._respond(request, model_response, body)
         except BaseException:  # also a cancelled request, before anything has been read
             stream.cancel()
             raise
@@ -139,12 +139,12 @@ class _Server:
             message = f"the body did not arrive within the server's limit of {self._limits.timeout:g} s"
             raise ApiError(408, "request_timeout", message) from error
 
-    async def _respond(self, request: Request, answer: Answer, body: GenerationBody) -> Response:
+    async def _respond(self, request: Request, model_response: ModelResponse, body: GenerationBody) -> Response:
         if not body.stream:
-            return JSONResponse(await run_while_connected(request, answer.collect()))
-        parts = answer.iter_parts()
+            return JSONResponse(await run_while_connected(request, model_response.collect()))
+        parts = model_response.iter_parts()
         first = await run_while_connected(request, _read_first(parts))  # its errors still have a status of their own
-        events = answer.iter_events(first, parts, usage=body.wants_usage)
+        events = model_response.iter_events(first, parts, usage=body.wants_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     def _check_model_name(self, name: str) -> None:
@@ -161,23 +161,23 @@ async def _read_first(parts: AsyncIterator[Result]) -> Result | None:
     return await anext(parts, None)
 
 
-async def _answer_api_error(_request: Request, error: Exception) -> Response:
+async def _respond_to_api_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return JSONResponse(error.to_json(), status_code=error.status, headers=error.headers)
 
 
-async def _answer_http_error(request: Request, error: Exception) -> Response:
+async def _respond_to_http_error(request: Request, error: Exception) -> Response:
     """Answer an unknown path (404) or method (405)."""
     assert isinstance(error, HTTPException)
     code = "unknown_url" if error.status_code == 404 else "invalid_method"
-    said = ApiError(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
-    return JSONResponse(said.to_json(), status_code=error.status_code, headers=error.headers)
+    api_error = ApiError(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
+    return JSONResponse(api_error.to_json(), status_code=error.status_code, headers=error.headers)
 
 
-async def _answer_nobody(_request: Request, _error: Exception) -> Response:
+async def _respond_to_nobody(_request: Request, _error: Exception) -> Response:
     return Response(status_code=_CLIENT_LEFT)
 
 
-async def _answer_unknown_error(_request: Request, _error: Exception) -> Response:
+async def _respond_to_unknown_error(_request: Request, _error: Exception) -> Response:
     error = ApiError(500, "internal_error", "the server failed; its log has the reason")
     return JSONResponse(error.to_json(), status_code=500)

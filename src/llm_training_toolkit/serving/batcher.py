@@ -23,14 +23,14 @@ _LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class AnswerEnd:
+class ResponseEnd:
     """End of an answer; `failed`: the model raised an error."""
 
     reason: FinishReason | Literal["failed"]
     new_tokens: int
 
 
-class AnswerStream:
+class ResponseStream:
     """One request's answer on its way from the generating thread to the event loop that waits for it.
 
     Made in the event loop. `timeout`: seconds from the arrival of the request to its last token. `deadline`: their end,
@@ -39,11 +39,11 @@ class AnswerStream:
 
     def __init__(self, timeout: float, deadline: float) -> None:
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[str | AnswerEnd] = asyncio.Queue()
+        self._events: asyncio.Queue[str | ResponseEnd] = asyncio.Queue()
         self._timeout, self._deadline = timeout, deadline
         self._cancelled = threading.Event()
         self._started = False
-        self.end: AnswerEnd | None = None
+        self.end: ResponseEnd | None = None
         """End of the answer, once `iter_pieces` is exhausted."""
 
     def on_text(self, piece: str) -> None:
@@ -53,7 +53,7 @@ class AnswerStream:
     def on_finish(self, reason: FinishReason, new_tokens: int) -> None:
         """Pass on the end, from the generating thread."""
         _LOGGER.info("answer of %d tokens, end: %s", new_tokens, reason)
-        self._send(AnswerEnd(reason, new_tokens))
+        self._send(ResponseEnd(reason, new_tokens))
 
     def on_start(self) -> None:
         """Note that generation begins, from the generating thread."""
@@ -61,7 +61,7 @@ class AnswerStream:
 
     def on_failure(self) -> None:
         """Pass on that the model raised an error, from the generating thread."""
-        self._send(AnswerEnd("failed", 0))
+        self._send(ResponseEnd("failed", 0))
 
     def is_cancelled(self) -> bool:
         """Return whether nobody waits for the answer any more."""
@@ -71,7 +71,7 @@ class AnswerStream:
         """End the answer with its next token: the client has left, or time is up."""
         self._cancelled.set()
 
-    def _send(self, event: str | AnswerEnd) -> None:
+    def _send(self, event: str | ResponseEnd) -> None:
         with suppress(RuntimeError):  # the loop is closed: the server ends, and its clients are gone
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
@@ -106,7 +106,7 @@ class AnswerStream:
 class QueuedRow(BatchRow):
     """Row whose listener is the stream of a request."""
 
-    listener: AnswerStream
+    listener: ResponseStream
 
 
 class Batcher:

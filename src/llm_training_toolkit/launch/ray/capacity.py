@@ -44,8 +44,8 @@ class AutoscalerStatus:
 class AutoscalerClient:
     """Capacity requests of one run to the autoscaler."""
 
-    def __init__(self, wanted: ResourceRequest) -> None:
-        self._wanted, self._count = wanted, wanted.most
+    def __init__(self, resource_request: ResourceRequest) -> None:
+        self._resource_request, self._count = resource_request, resource_request.max_workers
         self._requested: list[dict[str, float]] = []
         self._start_time = time.monotonic()
 
@@ -62,11 +62,13 @@ class AutoscalerClient:
             is_detectable = time.monotonic() - self._start_time <= _DETECTION_TIMEOUT_SECONDS
             return AutoscalerStatus({}) if is_detectable else None
         is_refused = bool(self._requested) and private_api.count_bundles(self._requested) in report.infeasible
-        is_infeasible = is_refused and self._count <= self._wanted.fewest
+        is_infeasible = is_refused and self._count <= self._resource_request.min_workers
         if is_refused and not is_infeasible:
-            fewer = self._wanted.round_to_replicas(self._count - max(1, self._count // 8))
-            self._count = max(self._wanted.fewest, fewer)
-        self._requested = [dict(self._wanted.worker_resources)] * self._count + [dict(amount) for amount in used]
+            fewer = self._resource_request.round_to_replicas(self._count - max(1, self._count // 8))
+            self._count = max(self._resource_request.min_workers, fewer)
+        self._requested = [dict(self._resource_request.worker_resources)] * self._count + [
+            dict(amount) for amount in used
+        ]
         request_resources(bundles=self._requested)
         return AutoscalerStatus(report.pending, report.failed, is_infeasible)
 
@@ -80,8 +82,10 @@ class AutoscalerClient:
 class CapacityWaiter:
     """One wait for capacity."""
 
-    def __init__(self, config: Config, wanted: ResourceRequest, autoscaler: AutoscalerClient, console: Console) -> None:
-        self._wanted, self._autoscaler, self._console = wanted, autoscaler, console
+    def __init__(
+        self, config: Config, resource_request: ResourceRequest, autoscaler: AutoscalerClient, console: Console
+    ) -> None:
+        self._resource_request, self._autoscaler, self._console = resource_request, autoscaler, console
         self._timeout = config.cluster.resource_timeout
         self._start_time = time.monotonic()
         self._last_report = float("-inf")
@@ -99,9 +103,12 @@ class CapacityWaiter:
         try:
             while self.elapsed_seconds < _FEASIBILITY_TIMEOUT_SECONDS:
                 alive = nodes.alive_nodes()
-                if self._wanted.count_fitting_workers(node.total for node in alive) >= self._wanted.fewest:
+                if (
+                    self._resource_request.count_fitting_workers(node.total for node in alive)
+                    >= self._resource_request.min_workers
+                ):
                     return
-                status = self._autoscaler.request_capacity(compute_usage_by_others(alive, self._wanted, {}))
+                status = self._autoscaler.request_capacity(compute_usage_by_others(alive, self._resource_request, {}))
                 self._raise_if_infeasible(alive, status)
                 self._report_waiting(alive, status)
                 time.sleep(_POLL_SECONDS)
@@ -115,7 +122,7 @@ class CapacityWaiter:
 
         Raises LaunchError unless the run can be placed within `cluster.resource_timeout`.
         """
-        status = self._autoscaler.request_capacity(compute_usage_by_others(alive, self._wanted, {}))
+        status = self._autoscaler.request_capacity(compute_usage_by_others(alive, self._resource_request, {}))
         if not nodes_may_return:
             self._raise_if_infeasible(schedulable, status)
         if self.elapsed_seconds > (parse_duration_seconds(self._timeout) or 0.0):
@@ -139,37 +146,45 @@ class CapacityWaiter:
         if reason:
             raise LaunchError(self._format_shortage(schedulable, f", and {reason}"))
 
-    def _find_infeasible_reason(self, schedulable: Sequence[ClusterNode], status: AutoscalerStatus | None) -> str:
-        """Return why waiting is in vain and what to do, "" if waiting may help."""
-        most = self._wanted.count_fitting_workers(node.total for node in schedulable)
-        if most >= self._wanted.fewest or (status is not None and not status.is_infeasible):
-            return ""
+    def _find_infeasible_reason(
+        self, schedulable: Sequence[ClusterNode], status: AutoscalerStatus | None
+    ) -> str | None:
+        """Return why waiting is in vain and what to do; None if waiting may help."""
+        most = self._resource_request.count_fitting_workers(node.total for node in schedulable)
+        if most >= self._resource_request.min_workers or (status is not None and not status.is_infeasible):
+            return None
         why = "its autoscaler can never add enough" if status else "no autoscaler (version 2) adds nodes to it"
         fewer = f"set cluster.workers to {most} (workers change the speed, not the result), " if most else ""
         return f"{why}: {fewer}ask for less of each worker, or make the cluster larger"
 
     def _format_shortage(self, schedulable: Sequence[ClusterNode], conclusion: str) -> str:
         """Format need and room in one line with `conclusion`, and the table below it."""
-        room = self._wanted.count_fitting_workers(node.free for node in schedulable)
-        fewest = f"{self._wanted.fewest} {'worker' if self._wanted.fewest == 1 else 'workers'}"
+        room = self._resource_request.count_fitting_workers(node.free for node in schedulable)
+        fewest = (
+            f"{self._resource_request.min_workers} {'worker' if self._resource_request.min_workers == 1 else 'workers'}"
+        )
         headline = f"the run needs {fewest}; the cluster has room for {room}{conclusion}"
-        table = format_capacity_table(self._wanted, schedulable, nodes.resource_usage_by_job())
+        table = format_capacity_table(self._resource_request, schedulable, nodes.resource_usage_by_job())
         return "\n".join([headline, *table])
 
 
 def format_capacity_table(
-    wanted: ResourceRequest, usable: Sequence[ClusterNode], usage_by_job: Mapping[str, Resources]
+    resource_request: ResourceRequest, usable: Sequence[ClusterNode], usage_by_job: Mapping[str, Resources]
 ) -> list[str]:
     """Format need, nodes and use as a table with a column for each resource of a worker.
 
     `usage_by_job` holds the known part of the use.
     """
-    names = sorted(wanted.worker_resources, reverse=True)  # GPU before CPU
+    names = sorted(resource_request.worker_resources, reverse=True)  # GPU before CPU
     kinds = Counter(tuple(node.total.get(name, 0.0) for name in names) for node in usable)
     used = {name: sum(node.total.get(name, 0.0) - node.free.get(name, 0.0) for node in usable) for name in names}
     rows = [
         ["", "count", *names],
-        [f"each worker ({wanted.placement})", str(wanted.fewest), *_format_amounts(wanted.worker_resources, names)],
+        [
+            f"each worker ({resource_request.placement})",
+            str(resource_request.min_workers),
+            *_format_amounts(resource_request.worker_resources, names),
+        ],
         *(["each node", str(count), *(f"{amount:g}" for amount in kind)] for kind, count in kinds.most_common()),
         ["in use together", "", *_format_amounts(used, names)],
         *([f"  by {job}", "", *_format_amounts(usage, names)] for job, usage in usage_by_job.items()),

@@ -130,7 +130,7 @@ def start_heartbeat(
 
     The thread calls `on_hang` once if the driver finds that the run hangs.
     """
-    wanted = [StopRequest.NONE]
+    newest_request = [StopRequest.NONE]
     every = OTHER_RANKS_HEARTBEAT_SECONDS if rank else _RANK0_HEARTBEAT_SECONDS
 
     def send_heartbeats() -> None:
@@ -138,7 +138,7 @@ def start_heartbeat(
         while True:
             try:
                 reply: HeartbeatReply = ray.get(control.receive_heartbeat.remote(rank, heartbeat.get_snapshot()))
-                wanted[0] = reply.stop_request
+                newest_request[0] = reply.stop_request
                 if reply.is_hung and not is_hung:
                     is_hung = True
                     on_hang()
@@ -149,4 +149,4 @@ def start_heartbeat(
             wait.wait(every)
 
     threading.Thread(target=send_heartbeats, daemon=True, name="heartbeat").start()
-    return lambda: wanted[0]
+    return lambda: newest_request[0]

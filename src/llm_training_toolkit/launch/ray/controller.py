@@ -126,7 +126,7 @@ class TrainController:
             schedulable = schedulable_nodes(nodes.reachable_nodes(alive), self._resource_request, excluded)
             fitting = self._resource_request.count_fitting_workers(node.free for node in schedulable)
             are_resources_released = is_first_group or waiting.elapsed_seconds > _RELEASE_TIMEOUT_SECONDS
-            if fitting >= self._resource_request.fewest and (
+            if fitting >= self._resource_request.min_workers and (
                 are_resources_released
                 or fitting >= self._resource_request.count_fitting_workers(node.total for node in schedulable)
             ):
@@ -146,10 +146,9 @@ class TrainController:
                 self._show_warning(f"node {address} is excluded after two failures; the last: {cause}")
         if previous_size not in {0, size}:
             self._console.print_line(f"restarting with {size} workers instead of {previous_size}")
-        elif not previous_size and self._resource_request.fewest < self._resource_request.most:
-            self._console.print_line(
-                f"starting with {size} workers of {self._resource_request.fewest} to {self._resource_request.most}"
-            )
+        elif not previous_size and self._resource_request.min_workers < self._resource_request.max_workers:
+            limits = f"{self._resource_request.min_workers} to {self._resource_request.max_workers}"
+            self._console.print_line(f"starting with {size} workers of {limits}")
 
     def _handle_failure(self, group_result: WorkerGroupResult, previous_attempt: int, size: int) -> None:
         """Record and report the failure. Raises LaunchError if no other group may follow."""

@@ -179,8 +179,8 @@ def find_counted_failures(attempts: Mapping[int, Mapping[str, Any]]) -> dict[int
 
 def find_abort_reason(
     failures: Mapping[int, AttemptFailure], saving_attempt: int, policy: FailuresConfig, avoidable: Collection[str] = ()
-) -> str:
-    """Return why the run must end after its newest failure, "" if new workers may start.
+) -> str | None:
+    """Return why the run must end after its newest failure; None if new workers may start.
 
     A step that failed on a single node of `avoidable`, which the next workers do without, is retried elsewhere.
     `saving_attempt` is the attempt that wrote the newest complete checkpoint (0 = no attempt); only later failures
@@ -197,7 +197,7 @@ def find_abort_reason(
         )
     if failure_count(failures, saving_attempt) > policy.max_failures:
         return f"{newest.cause}. All restarts (failures.max_failures = {policy.max_failures}) are used up"
-    return ""
+    return None
 
 
 def failure_count(failures: Mapping[int, AttemptFailure], saving_attempt: int) -> int:

@@ -29,7 +29,7 @@ from llm_training_toolkit.setup.machine import find_attention_problem, list_atte
 
 _NODE_TIMEOUT_SECONDS = 60.0  # includes the start of a process; slower nodes are skipped, later stages see them
 _STAGE = "looking at the nodes"
-NodeAnswer = tuple[str, list[str | None], list[str], str | None, str | None]  # of `inspect_node`
+NodeFindings = tuple[str, list[str | None], list[str], str | None, str | None]  # of `inspect_node`
 
 
 def check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
@@ -42,12 +42,16 @@ def check_nodes(run: RunDirectory, config: Config, console: Console) -> None:
     folders = ({} if store else {"run.dir": run.path}) | {"data.cache": get_cache_directory(config)}
     with connect_to_cluster(console):
         console.update_stage(_STAGE, 0, 1)
-        wanted = build_resource_request(
+        resource_request = build_resource_request(
             config, ray.cluster_resources().get("GPU", 0.0), Console(io.StringIO())
         )  # silent: the note is printed at the start
-        CapacityWaiter(config, wanted, AutoscalerClient(wanted), console).check_feasibility()
-        living = [node for node in nodes.alive_nodes() if has_room_for_worker(node.total, wanted.worker_resources)]
-        attention = list_attention_kinds(config) if "GPU" in wanted.worker_resources else ()  # CPUs need no package
+        CapacityWaiter(config, resource_request, AutoscalerClient(resource_request), console).check_feasibility()
+        living = [
+            node for node in nodes.alive_nodes() if has_room_for_worker(node.total, resource_request.worker_resources)
+        ]
+        attention = (
+            list_attention_kinds(config) if "GPU" in resource_request.worker_resources else ()
+        )  # CPUs need no package
         with _create_marker_files(folders.values()) as mark:
             problems = list(
                 _find_node_problems(
@@ -123,11 +127,11 @@ def _find_node_problems(living: Sequence[ClusterNode], folders: Mapping[str, Pat
         except ray.exceptions.RayError:
             continue  # the node was lost meanwhile; the start of the workers sees that too
         else:
-            yield from _iter_answer_problems(address, found, folders, the)
+            yield from _iter_node_problems(address, found, folders, the)
 
 
-def _iter_answer_problems(
-    address: str, answer: NodeAnswer, folders: Mapping[str, Path], the: NodeCheck
+def _iter_node_problems(
+    address: str, answer: NodeFindings, folders: Mapping[str, Path], the: NodeCheck
 ) -> Iterator[str]:
     """Yield the problems in what `inspect_node` returned from one node."""
     version, found, blind, refused, lacking = answer
@@ -147,7 +151,7 @@ def _iter_answer_problems(
 
 def inspect_node(
     folders: Sequence[str], mark: str, read: Sequence[str], store: str, attention: Sequence[str]
-) -> NodeAnswer:
+) -> NodeFindings:
     """Return this node's version, and problems, None if there is none: of each folder, of the store and of attention.
 
     The third are the missing paths. `folders` are written to, `read` is only read; `store` is the URI of a run, "" for

@@ -57,8 +57,8 @@ class ClusterNode:
 class ResourceRequest:
     """Workers that a run requests."""
 
-    fewest: int
-    most: int
+    min_workers: int
+    max_workers: int
     worker_resources: Resources
     """Resources of one worker."""
     placement: str
@@ -71,7 +71,7 @@ class ResourceRequest:
         return workers // self.multiple * self.multiple
 
     def count_fitting_workers(self, nodes: Iterable[Resources]) -> int:
-        """Count the workers of whole replicas that fit into the nodes' resources, at most `most`."""
+        """Count the workers of whole replicas that fit into the nodes' resources, at most `max_workers`."""
         fitting = [_count_worker_slots(resources, self.worker_resources) for resources in nodes]
         if self.placement == "strict_pack":
             count = max(fitting, default=0)
@@ -79,7 +79,7 @@ class ResourceRequest:
             count = sum(map(bool, fitting))
         else:
             count = sum(fitting)
-        return self.round_to_replicas(min(count, self.most))
+        return self.round_to_replicas(min(count, self.max_workers))
 
 
 def has_room_for_worker(resources: Resources, each: Resources) -> bool:
@@ -93,28 +93,28 @@ def _count_worker_slots(resources: Resources, each: Resources) -> int:
 
 
 def schedulable_nodes(
-    nodes: Sequence[ClusterNode], wanted: ResourceRequest, left_out: Collection[str]
+    nodes: Sequence[ClusterNode], request: ResourceRequest, excluded: Collection[str]
 ) -> list[ClusterNode]:
-    """Return the nodes in service, minus the addresses in `left_out` if the fewest workers fit without those."""
+    """Return the nodes in service, minus the addresses in `excluded` if the fewest workers fit without those."""
     staying = [node for node in nodes if not node.is_draining]
-    trusted = [node for node in staying if node.address not in left_out]
-    return trusted if wanted.count_fitting_workers(node.total for node in trusted) >= wanted.fewest else staying
+    trusted = [node for node in staying if node.address not in excluded]
+    return trusted if request.count_fitting_workers(node.total for node in trusted) >= request.min_workers else staying
 
 
-def count_fitting_after_drain(nodes: Iterable[ClusterNode], wanted: ResourceRequest, own: Mapping[str, int]) -> int:
+def count_fitting_after_drain(nodes: Iterable[ClusterNode], request: ResourceRequest, own: Mapping[str, int]) -> int:
     """Count the workers that would fit if the run's present ones drained; `own` counts those by node id."""
-    return wanted.count_fitting_workers(
-        _add_own_resources(node, wanted.worker_resources, own.get(node.id, 0)) for node in nodes
+    return request.count_fitting_workers(
+        _add_own_resources(node, request.worker_resources, own.get(node.id, 0)) for node in nodes
     )
 
 
 def compute_usage_by_others(
-    nodes: Iterable[ClusterNode], wanted: ResourceRequest, own: Mapping[str, int]
+    nodes: Iterable[ClusterNode], request: ResourceRequest, own: Mapping[str, int]
 ) -> list[Resources]:
     """Return the use of a worker's resources on each node, without the run's own workers (`own`: count by node id)."""
     found = []
     for node in nodes:
-        free = _add_own_resources(node, wanted.worker_resources, own.get(node.id, 0))
+        free = _add_own_resources(node, request.worker_resources, own.get(node.id, 0))
         used = {name: round(node.total.get(name, 0.0) - amount, 4) for name, amount in free.items()}
         found.append({name: amount for name, amount in used.items() if amount > 0})
     return [used for used in found if used]
@@ -124,12 +124,12 @@ def _add_own_resources(node: ClusterNode, each: Resources, count: int) -> Resour
     return {name: node.free.get(name, 0.0) + count * amount for name, amount in each.items()}
 
 
-def count_concurrent_runs(nodes: Iterable[Resources], wanted: ResourceRequest) -> int:
-    """Count the runs of `wanted.fewest` workers each that fit on the nodes at a time."""
-    fitting = [_count_worker_slots(resources, wanted.worker_resources) for resources in nodes]
-    if wanted.placement == "strict_pack":
-        return sum(count // wanted.fewest for count in fitting)
-    if wanted.placement == "strict_spread":  # a node holds one worker of each run: k runs if they can be dealt out
-        counts = range(sum(fitting) // wanted.fewest, 0, -1)
-        return next((k for k in counts if sum(min(fit, k) for fit in fitting) >= k * wanted.fewest), 0)
-    return sum(fitting) // wanted.fewest
+def count_concurrent_runs(nodes: Iterable[Resources], request: ResourceRequest) -> int:
+    """Count the runs of `request.min_workers` workers each that fit on the nodes at a time."""
+    fitting = [_count_worker_slots(resources, request.worker_resources) for resources in nodes]
+    if request.placement == "strict_pack":
+        return sum(count // request.min_workers for count in fitting)
+    if request.placement == "strict_spread":  # a node holds one worker of each run: k runs if they can be dealt out
+        counts = range(sum(fitting) // request.min_workers, 0, -1)
+        return next((k for k in counts if sum(min(fit, k) for fit in fitting) >= k * request.min_workers), 0)
+    return sum(fitting) // request.min_workers

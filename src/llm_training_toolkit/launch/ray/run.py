@@ -30,7 +30,7 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
     """Train on Ray workers; return the result of `run_worker` on rank 0. Raises ToolkitError."""
     redirect_output(run.driver_log_path)
     with connect_to_cluster(console):
-        wanted = build_resource_request(config, ray.cluster_resources().get("GPU", 0.0), console)
+        resource_request = build_resource_request(config, ray.cluster_resources().get("GPU", 0.0), console)
         console.update_stage("starting workers", 0, 1)
         from llm_training_toolkit.launch.ray.capacity import AutoscalerClient
         from llm_training_toolkit.launch.ray.controller import TrainController
@@ -40,11 +40,13 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
         )
 
         previous_attempt = find_last_attempt(run)
-        groups = TrainController(RunSpec(run, config, wanted, AutoscalerClient(wanted)), console)
+        controller = TrainController(
+            RunSpec(run, config, resource_request, AutoscalerClient(resource_request)), console
+        )
 
         def request_stop() -> None:
             console.print_line("stopping after this step, with a checkpoint (Ctrl-C again: at once, without)")
-            groups.request_stop()
+            controller.request_stop()
 
         def handle_lost_cluster(why: str) -> None:
             with suppress(OSError, ValueError):
@@ -65,20 +67,20 @@ def run_on_ray(run: RunDirectory, config: Config, console: Console) -> dict[str,
                 watch_head(ray.get_runtime_context().gcs_address, show_warning, handle_lost_cluster),
                 watch_raylet(get_raylet_address(), handle_lost_cluster),
             ):
-                return groups.run_training()
+                return controller.run_training()
         except FitStuckError as error:
             exit_after_error(error)
         except KeyboardInterrupt:
-            said = "stopped without a checkpoint: the same command resumes from the latest one"
-            _exit_immediately(console, said, EXIT_CODES["stopped"], build_interrupted_json(config))
+            message = "stopped without a checkpoint: the same command resumes from the latest one"
+            _exit_immediately(console, message, EXIT_CODES["stopped"], build_interrupted_json(config))
 
 
-def _exit_immediately(console: Console, said: str, code: int, result: Mapping[str, Any]) -> NoReturn:
+def _exit_immediately(console: Console, message: str, code: int, result: Mapping[str, Any]) -> NoReturn:
     """Exit without cleanup: Ray's processes and workers end with their driver.
 
     `ray.shutdown` occasionally ends in a segmentation fault while `fit` still runs in its thread.
     """
-    console.print_line(said)
+    console.print_line(message)
     console.print_result(result)
     console.close()
     os._exit(code)

@@ -26,7 +26,7 @@ _MAX_DELAY_SECONDS = 300.0  # after its first check, a group saves out of turn a
 class ElasticScalingPolicy:
     """Scaling policy of one worker group."""
 
-    wanted: ResourceRequest
+    resource_request: ResourceRequest
     size: int
     excluded_nodes: Collection[str]
     """Addresses that do not count as room."""
@@ -36,7 +36,7 @@ class ElasticScalingPolicy:
 
     def is_check_due(self, now: float) -> bool:
         """Return whether to check for room now."""
-        if self.size >= self.wanted.most or now - self._last_check < _POLL_SECONDS:
+        if self.size >= self.resource_request.max_workers or now - self._last_check < _POLL_SECONDS:
             return False
         self._last_check = now
         self._first_check = now if self._first_check is None else self._first_check
@@ -44,7 +44,9 @@ class ElasticScalingPolicy:
 
     def decide_drain(self, nodes: Sequence[ClusterNode], own: Mapping[str, int], now: float) -> StopRequest:
         """Return the request to the ranks; `own` counts them by node id."""
-        room = count_fitting_after_drain(schedulable_nodes(nodes, self.wanted, self.excluded_nodes), self.wanted, own)
+        room = count_fitting_after_drain(
+            schedulable_nodes(nodes, self.resource_request, self.excluded_nodes), self.resource_request, own
+        )
         if room <= self.size:
             self._room_since = None
             return StopRequest.NONE

@@ -312,7 +312,7 @@ def _compute_max_concurrent(spec: SearchSpec, console: Console) -> int:
             f"note: max_concurrent_trials = {limit}, but the cluster has room for {fitting} trials at a time"
         )
     concurrent = min(limit or fitting, fitting)
-    console.print_line(f"{concurrent} trials at a time, workers each: {request.fewest}")
+    console.print_line(f"{concurrent} trials at a time, workers each: {request.min_workers}")
     return concurrent
 
 

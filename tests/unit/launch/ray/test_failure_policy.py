@@ -33,6 +33,13 @@ MEMORY = """Task was killed due to the node running low on memory.
 Memory on the node (IP: 10.0.0.1, ID: abc) where the task was running was 6.25GB / 7.00GB (0.89). Refer to the manual"""
 
 
+def get_abort_reason(*evidence: Any) -> str:
+    """Return the reason to end a run that may not restart."""
+    reason = find_abort_reason(*evidence)
+    assert reason is not None
+    return reason
+
+
 def killed(step: int, node: str | None = "10.0.0.1") -> AttemptFailure:
     return AttemptFailure("killed", f"rank 1 failed at {step}", step, 1, node)
 
@@ -100,22 +107,24 @@ POLICY = FailuresConfig(max_failures=2, max_same_step_failures=2)
 
 def test_the_budget_ends_and_a_checkpoint_refills_it() -> None:
     three = kept(killed(3), killed(5), killed(8))
-    assert "All restarts (failures.max_failures = 2) are used up" in find_abort_reason(three, 0, POLICY)
-    assert find_abort_reason(three, 2, POLICY) == "", "attempt 2 saved, so only its own failure and the next one count"
+    assert "All restarts (failures.max_failures = 2) are used up" in get_abort_reason(three, 0, POLICY)
+    assert find_abort_reason(three, 2, POLICY) is None, (
+        "attempt 2 saved, so only its own failure and the next one count"
+    )
     assert failure_count(three, 3) == 1
-    assert find_abort_reason(kept(killed(3)), 0, FailuresConfig(max_failures=0)) != ""
+    assert find_abort_reason(kept(killed(3)), 0, FailuresConfig(max_failures=0)) is not None
 
 
 def test_the_same_step_twice_ends_the_run_whatever_was_saved_in_between() -> None:
     twice = kept(killed(3), killed(8), None, killed(8))
-    why = find_abort_reason(twice, 4, POLICY)
+    why = get_abort_reason(twice, 4, POLICY)
     assert why.startswith("step 8 failed twice in a row")
     assert why.endswith("The last time rank 1 failed at 8")
-    assert find_abort_reason(kept(killed(8), killed(3), killed(8)), 3, POLICY) == ""
+    assert find_abort_reason(kept(killed(8), killed(3), killed(8)), 3, POLICY) is None
     lost = AttemptFailure("node_lost", "node is lost", 8, 1, "10.0.0.1")
-    assert find_abort_reason(kept(lost, lost), 2, POLICY) == "", "a lost node says nothing of the step"
-    assert "failed twice" in find_abort_reason(kept(killed(8), lost, killed(8)), 3, POLICY)
-    assert "once" in find_abort_reason(kept(killed(8)), 0, FailuresConfig(max_same_step_failures=1))
+    assert find_abort_reason(kept(lost, lost), 2, POLICY) is None, "a lost node says nothing of the step"
+    assert "failed twice" in get_abort_reason(kept(killed(8), lost, killed(8)), 3, POLICY)
+    assert "once" in get_abort_reason(kept(killed(8)), 0, FailuresConfig(max_same_step_failures=1))
 
 
 def test_what_does_not_count_is_not_counted() -> None:
@@ -131,14 +140,14 @@ def test_a_node_is_left_out_after_two_failures_of_this_start() -> None:
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.integers(0, 4), st.integers(1, 4), st.integers(0, 12))
 def test_a_run_never_restarts_for_ever_without_a_checkpoint(
-    steps: list[int], most: int, same: int, saved_by: int
+    steps: list[int], most: int, same: int, saving_attempt: int
 ) -> None:
     policy = FailuresConfig(max_failures=most, max_same_step_failures=same)
     failures = kept(*map(killed, steps))
-    if failure_count(failures, saved_by) > most or steps[-same:] == [steps[-1]] * same:
-        assert find_abort_reason(failures, saved_by, policy)
+    if failure_count(failures, saving_attempt) > most or steps[-same:] == [steps[-1]] * same:
+        assert find_abort_reason(failures, saving_attempt, policy)
     else:
-        assert find_abort_reason(failures, saved_by, policy) == ""
+        assert find_abort_reason(failures, saving_attempt, policy) is None
 
 
 @pytest.mark.parametrize("failure", [killed(3), replace(killed(2), helped=True, rank=None, node=None)])
@@ -150,20 +159,20 @@ def test_a_failure_is_read_back_as_it_was_kept(failure: AttemptFailure) -> None:
 def test_a_broken_node_is_left_out_before_the_step_is_accused() -> None:
     policy = FailuresConfig(max_failures=5, max_same_step_failures=2)
     broken = kept(killed(1, "b"), killed(1, "b"))
-    assert find_abort_reason(broken, 0, policy, {"b"}) == ""
-    assert "step 1 failed twice" in find_abort_reason(broken, 0, policy), "the run cannot do without that node"
-    assert "step 1 failed twice" in find_abort_reason(kept(killed(1, "a"), killed(1, "b")), 0, policy, {"b"})
-    assert "step 1 failed 3 times" in find_abort_reason(
+    assert find_abort_reason(broken, 0, policy, {"b"}) is None
+    assert "step 1 failed twice" in get_abort_reason(broken, 0, policy), "the run cannot do without that node"
+    assert "step 1 failed twice" in get_abort_reason(kept(killed(1, "a"), killed(1, "b")), 0, policy, {"b"})
+    assert "step 1 failed 3 times" in get_abort_reason(
         kept(killed(1, "b"), killed(1, "b"), killed(1, "c")), 0, policy, {"b"}
     )
-    assert "All restarts" in find_abort_reason(
+    assert "All restarts" in get_abort_reason(
         broken, 0, FailuresConfig(max_failures=1, max_same_step_failures=2), {"b"}
     ), "the budget holds all the same"
 
 
 def test_what_fails_before_any_step_says_nothing_of_one() -> None:
     early = [replace(killed(101, node), starting=True) for node in "ab"]
-    assert find_abort_reason(kept(*early), 0, POLICY) == ""
-    assert find_abort_reason(kept(killed(101), early[0]), 0, POLICY) == ""
-    assert "failed twice" in find_abort_reason(kept(killed(101), early[0], killed(101)), 0, POLICY)
-    assert "All restarts" in find_abort_reason(kept(*early, *early), 0, POLICY)
+    assert find_abort_reason(kept(*early), 0, POLICY) is None
+    assert find_abort_reason(kept(killed(101), early[0]), 0, POLICY) is None
+    assert "failed twice" in get_abort_reason(kept(killed(101), early[0], killed(101)), 0, POLICY)
+    assert "All restarts" in get_abort_reason(kept(*early, *early), 0, POLICY)

@@ -9,17 +9,17 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from llm_training_toolkit.serving.api_error import ApiError
-from llm_training_toolkit.serving.batcher import AnswerStream
+from llm_training_toolkit.serving.batcher import ResponseStream
 from llm_training_toolkit.serving.reply_parser import ReplyParser, ReplyPart
 from llm_training_toolkit.serving.response_body import DONE_EVENT, ResponseWriter, build_usage, format_event
 
 Result = TypeVar("Result")
 
 
-class Answer:
+class ModelResponse:
     """Answer in parts. `parser`: of a chat answer, None for a text completion."""
 
-    def __init__(self, stream: AnswerStream, parser: ReplyParser | None, model: str, prompt_tokens: int) -> None:
+    def __init__(self, stream: ResponseStream, parser: ReplyParser | None, model: str, prompt_tokens: int) -> None:
         self._stream, self._parser, self._prompt_tokens = stream, parser, prompt_tokens
         self._writer = ResponseWriter(model, chat=parser is not None)
 
