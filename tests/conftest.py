@@ -110,6 +110,7 @@ def worker_scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping
     """Arguments of Ray nodes that fork their workers."""
     os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
     os.environ.update(RAY_worker_niceness="0")  # Ray's 15 starves its workers beside another lane of tests
+    os.environ.update(RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5")  # after Ray's 2 s it sees that a worker group has ended
     os.environ["RAY_TMPDIR"] = str(tmp_path_factory.mktemp("ray"))
     with forked_workers(os.environ) as scripts:
         yield scripts

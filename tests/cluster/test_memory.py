@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import fork_server
 from launching import Environment, command, run_of, wait_for_step
 from llm_training_toolkit.launch.drill.faults import read_latest_step
 from llm_training_toolkit.runs.attempts import read_attempt_record
@@ -50,13 +51,11 @@ def fill_memory(run: RunDirectory) -> None:
 def test_ranks_that_are_ended_for_their_memory_are_replaced_and_it_is_said(
     launch_config: Callable[..., Path], tight: Environment
 ) -> None:
-    train = {"steps": 1500, "global_batch_size": 20, "micro_batch_size": 2}
-    config = launch_config("tight", train=train, checkpoint={"interval": 50, "keep_latest": 2})
+    train = {"steps": 400, "global_batch_size": 20, "micro_batch_size": 2}
+    config = launch_config("tight", train=train, checkpoint={"interval": 5, "keep_latest": 2})
     run = run_of(config)
-    with subprocess.Popen(
-        command(config), env=tight, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        wait_for_step(run, 60, process)
+    with fork_server.popen(command(config), env=tight, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        wait_for_step(run, 6, process)
         fill_memory(run)
         while read_latest_step(run)[0] == 1:
             assert process.poll() is None
