@@ -33,7 +33,8 @@ from tiny_runs import engine_at, tiny_config
 from vision_language import save_vision_language_model
 
 Pools = Callable[[int], RankPool]
-STEPS = 3
+STEPS = 2
+"""The second moves by the moments of the first, which a resume between them has to bring back."""
 ROWS_SAVED = 512
 """Of the embedding in the weights that are loaded."""
 
@@ -183,7 +184,7 @@ def test_a_model_is_loaded_trained_resumed_and_exported(
     changes = case.changes(base.weights, base.tokenizer)
     whole, rest = (_copy(base.run, changes, tmp_path / name) for name in ("whole", "rest"))
     assert pools(2).run(rank_tasks.work_on, run=str(whole.path))[0]["status"] == "finished"
-    assert sorted(read_losses(whole)) == [1, 2, 3]
+    assert sorted(read_losses(whole)) == [1, 2]
     first = whole.get_checkpoint_dir(1, 1)  # what a stop leaves, too: tests/ranks/test_elastic.py
     shutil.copytree(first, rest.checkpoints_dir / first.name)
     assert pools(2).run(rank_tasks.work_on, run=str(rest.path))[0]["status"] == "finished"
