@@ -51,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ltt-gpu-smoke-", ignore_cleanup_errors=True) as work:
-        runner = Runner(Path(work), arguments.device, began + 60 * arguments.minutes)
+        runner = Runner(Path(work), arguments.device, began + 60 * arguments.minutes, forks=arguments.device == "cpu")
         try:
             report = _report(arguments.device, runner)
         except KeyboardInterrupt:

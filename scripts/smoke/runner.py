@@ -9,10 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from smoke.forked import ForkedProcess
 
 Values = dict[str, Any]
 _SCRIPTS = Path(__file__).resolve().parent.parent
@@ -65,6 +68,7 @@ class Skipped:
 
 
 Result = Done | Failed | Skipped
+Process = subprocess.Popen[bytes] | ForkedProcess
 
 
 class _NotDoneError(Exception):
@@ -83,7 +87,9 @@ class Runner:
     device: str
     deadline: float
     """On the clock of time.monotonic."""
-    _started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    forks: bool = False
+    """Whether tasks are forked from a process that has imported torch (`forked.py`): only where no GPU is used."""
+    _started: list[Process] = field(default_factory=list)
 
     def left(self) -> float:
         """Seconds until the deadline."""
@@ -118,22 +124,19 @@ class Runner:
                 _end(process)
         return _answer(place, [process.returncode for process in processes], arguments)
 
-    def _start(self, task: Task, place: Path) -> list[subprocess.Popen[bytes]]:
+    def _start(self, task: Task, place: Path) -> list[Process]:
         port = _free_port()
-        processes = []
+        processes: list[Process] = []
         for rank in range(task.ranks):
-            command = [sys.executable, "-m", f"smoke.{task.module}"]
-            command += [str(place / "arguments.json"), str(place / f"result_{rank}.json")]
+            arguments = [str(place / "arguments.json"), str(place / f"result_{rank}.json")]
             environment = _environment(self.device) | _rank_environment(rank, task.ranks, port)
-            with (place / f"log_{rank}.txt").open("wb") as log:
-                process = subprocess.Popen(
-                    command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-                )
+            start = ForkedProcess if self.forks else _start_anew
+            process = start(f"smoke.{task.module}", arguments, place / f"log_{rank}.txt", environment)
             processes.append(process)
             self._started.append(process)
         return processes
 
-    def _wait(self, processes: Sequence[subprocess.Popen[bytes]], limit: float) -> None:
+    def _wait(self, processes: Sequence[Process], limit: float) -> None:
         """Wait until all have ended, or one has failed and the others had the time to say so."""
         ends = time.monotonic() + limit
         while any(process.poll() is None for process in processes):
@@ -146,6 +149,14 @@ class Runner:
             if any(process.returncode for process in processes):
                 ends = min(ends, time.monotonic() + _MOURNING)
             time.sleep(_POLL)
+
+
+def _start_anew(
+    module: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", module, *arguments]
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
 
 def _environment(device: str) -> dict[str, str]:
@@ -170,14 +181,16 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Process) -> None:
     """End a process of ours, and what it started in its session, if it is still there."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # just forked, it has no session of its own yet
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
 
 
-def _answer(place: Path, codes: Sequence[int], arguments: Values) -> Values:
+def _answer(place: Path, codes: Sequence[int | None], arguments: Values) -> Values:
     """Rank 0's result, if every rank gave one and ended well."""
     files = [place / f"result_{rank}.json" for rank in range(len(codes))]
     answers: list[Values] = [json.loads(file.read_text()) if file.is_file() else {} for file in files]

@@ -95,7 +95,7 @@ def count_step_bytes(run: str, changes: Mapping[str, Any], passes: int) -> tuple
     rows = spec.config.train.micro_batch_size
     assert isinstance(rows, int)
     batches = dataloader.get_micro_batches(0, range(passes * rows), rows, passes)
-    for _ in range(2):  # DeepSpeed's first step records the order of modules
+    for _ in range(2 if engine.stage == 3 else 1):  # DeepSpeed's first step records the order of modules
         engine.forward_backward(batches, 100)
         engine.optim_step(1e-3)
     with StepBytes() as counted:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import fork_server
 from llm_training_toolkit.engine.compile_cache import set_compile_cache_dirs
 from llm_training_toolkit.setup.machine import find_compiler_problem
 
 NAMES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 TRAINING = """
+import sys
+sys.path[:] = sys.argv[1].split(":")
 import torch
 from llm_training_toolkit.engine.compile_cache import set_compile_cache_dirs
 set_compile_cache_dirs()
@@ -76,9 +78,9 @@ def test_the_next_attempt_compiles_nothing(tmp_path: Path) -> None:
     paths = os.pathsep.join([*sys.path, str(tests), str(tests / "support")])
     own = {"TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"}
     kept = {name: value for name, value in os.environ.items() if name not in own}
-    environment = kept | {"TMPDIR": str(tmp_path), "PYTHONPATH": paths}
+    environment = kept | {"TMPDIR": str(tmp_path)}
     first, second = (
-        subprocess.run([sys.executable, "-c", TRAINING], env=environment, check=True, capture_output=True, text=True)
+        fork_server.run([sys.executable, "-c", TRAINING, paths], env=environment, check=True, capture_output=True)
         for _ in range(2)
     )
     assert first.stdout.split() == ["2", "0"], "forward and backward pass"
