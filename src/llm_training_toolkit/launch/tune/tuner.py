@@ -68,23 +68,15 @@ class SearchSpec:
 
 def read_search(path: Path, overrides: list[str]) -> SearchSpec:
     """Read a search file and resolve its directory. Raises ConfigError."""
-    search, base_config, trial_config = load_search(path, overrides)
-    if is_uri(trial_config.run.dir):
-        raise ConfigError(f"run.dir = {trial_config.run.dir}: a search lies on a path that every node sees; name one")
-    runs = Path(trial_config.run.dir).expanduser().absolute()
+    search, base, config = load_search(path, overrides)
+    if is_uri(config.run.dir):
+        raise ConfigError(f"run.dir = {config.run.dir}: a search lies on a path that every node sees; name one")
+    runs = Path(config.run.dir).expanduser().absolute()
     directory = SearchDirectory(runs / (search.name or path.stem))
-    cache = (
-        str(runs / ".cache")
-        if trial_config.data.cache == "auto"
-        else str(Path(trial_config.data.cache).expanduser().absolute())
-    )
-    return SearchSpec(
-        search,
-        base_config,
-        trial_config,
-        directory,
-        TrialConfigBuilder(search, trial_config, str(directory.trials_dir), cache),
-    )
+    given = config.data.cache
+    cache = runs / ".cache" if given == "auto" else Path(given).expanduser().absolute()
+    trials = TrialConfigBuilder(search, config, str(directory.trials_dir), str(cache))
+    return SearchSpec(search, base, config, directory, trials)
 
 
 def run_search(spec: SearchSpec, console: Console) -> tuple[TrainResultStatus, dict[str, Any]]:
