@@ -16,6 +16,7 @@ from pathlib import Path
 
 _FORKS = multiprocessing.get_context("forkserver")
 _LOCK = threading.Lock()
+_STARTED = threading.Event()
 
 
 class ForkedProcess:
@@ -49,12 +50,18 @@ class ForkedProcess:
 
 
 def _start_server(environment: Mapping[str, str]) -> None:
-    """Start the process to fork from, unless it runs. It takes over this one's environment."""
+    """Start the process to fork from, once. It takes over this one's environment, which changes for that moment alone.
+
+    The first task runs by itself, so that no other thread reads the environment then.
+    """
+    if _STARTED.is_set():
+        return
     before = dict(os.environ)
     os.environ.update(environment)
     try:
         forkserver.set_forkserver_preload(["smoke.preload"])
         forkserver.ensure_running()
+        _STARTED.set()
     finally:
         os.environ.clear()
         os.environ.update(before)

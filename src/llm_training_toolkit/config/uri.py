@@ -14,7 +14,7 @@ _IN_TEXT = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]*://[^\s"'`<>]*""")
 _AFTER_IN_TEXT = re.compile(r"[\]},;)]*$")  # of the text around an address, such as the end of a YAML mapping
 _WEB_QUERY = re.compile(r"[?#].*", re.DOTALL)
 # Other stores than web servers take options by name, and `?` alone is a wildcard of theirs.
-_OPTIONS = re.compile(r"\?\w+=[^?]*$")
+_OPTIONS = re.compile(r"\?[\w.%-]+=[^?]*$")
 
 
 # Schemes with a container or repository before the `@`.

@@ -46,7 +46,7 @@ def compose_yaml(text: str) -> Node | None:
 
 
 def read_yaml_file(path: Path, raw_config: RawConfig) -> None:
-    """Read a YAML file into the raw_config. Raises ConfigError for unreadable files and invalid YAML."""
+    """Read a YAML file into `raw_config`. Raises ConfigError for unreadable files and invalid YAML."""
     try:
         node = compose_yaml(path.read_text(encoding="utf-8-sig"))
         if node is not None:

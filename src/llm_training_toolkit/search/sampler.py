@@ -22,8 +22,8 @@ _MAX_TRIES = 1000  # known or invalid points drawn in a row before the space cou
 class TrialSampler:
     """Chooses the next trial."""
 
-    def __init__(self, trials: TrialConfigBuilder, event_log: EventLog, learner: PointProposer | None) -> None:
-        self._trials, self._search, self._event_log, self._learner = trials, trials.search, event_log, learner
+    def __init__(self, trials: TrialConfigBuilder, event_log: EventLog, proposer: PointProposer | None) -> None:
+        self._trials, self._search, self._event_log, self._proposer = trials, trials.search, event_log, proposer
         self._grid = build_grid(trials.search) if trials.search.searcher.name == "grid" else []
 
     def begin_next_trial(self) -> TrialRecord | None:
@@ -67,6 +67,6 @@ class TrialSampler:
     def _propose_point(self, number: int) -> Parameters | None:
         if self._search.searcher.name == "grid":
             return self._grid[number] if number < len(self._grid) else None
-        if self._learner is not None:
-            return self._learner(self._search, self._event_log, number)
+        if self._proposer is not None:
+            return self._proposer(self._search, self._event_log, number)
         return draw_random_point(self._search, number)

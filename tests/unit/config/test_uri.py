@@ -39,6 +39,8 @@ def load(folder: Path, changes: dict[str, Any]) -> Config:
         ("HTTPS://host/a#token", "HTTPS://host/a"),
         ("s3://bucket/part-?.jsonl", "s3://bucket/part-?.jsonl"),
         ("s3://bucket/a/*.jsonl?access_key=K&secret_key=S", "s3://bucket/a/*.jsonl"),
+        ("gs://b/x?x-goog-signature=S&other=T", "gs://b/x"),
+        ("s3://b/a?X-Amz%2DSignature=S", "s3://b/a"),
         ("s3://K:S@bucket/a", "s3://bucket/a"),
         ("hf://datasets/owner/name@rev/a", "hf://datasets/owner/name@rev/a"),
         ("/home/a?b=c", "/home/a?b=c"),
@@ -75,8 +77,9 @@ def test_userinfo_is_refused_wherever_an_address_may_stand(tmp_path: Path, key: 
 @pytest.mark.parametrize(
     "key", ["run.dir", "model.path", "model.init_from", "tokenizer.path", "data.cache", "monitoring.mlflow"]
 )
-def test_a_query_is_refused_where_no_document_is_read(tmp_path: Path, key: str) -> None:
-    address = "s3://bucket/a?secret_key=S3CR3T"
+@pytest.mark.parametrize("query", ["?secret_key=S3CR3T", "?X-Amz-Signature=S3CR3T", "?S3CR3T", "#S3CR3T"])
+def test_a_query_is_refused_where_no_document_is_read(tmp_path: Path, key: str, query: str) -> None:
+    address = f"s3://bucket/a{query}"
     value: Any = {"tracking_uri": address, "experiment": "one"} if key == "monitoring.mlflow" else address
     with pytest.raises(ConfigError, match=rf"{key}.*a query or fragment, which may be a key") as caught:
         load(tmp_path, {key: value})

@@ -105,14 +105,18 @@ class NodeCheck:
     """Kinds of attention, which may need packages on every node."""
 
 
-def _find_node_problems(living: Sequence[ClusterNode], folders: Mapping[str, Path], the: NodeCheck) -> Iterator[str]:
+def _find_node_problems(living: Sequence[ClusterNode], folders: Mapping[str, Path], check: NodeCheck) -> Iterator[str]:
     """Yield the problems, one line per node and folder."""
-    look = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
+    inspect = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
     # A process with its own environment takes a second, so only for a store, which may need the keys in it.
-    environment = {"runtime_env": {"env_vars": dict(the.environment)}} if the.store and the.environment else {}
+    environment = {"runtime_env": {"env_vars": dict(check.environment)}} if check.store and check.environment else {}
     pending_checks = {
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False), **environment).remote(
-            [str(folder) for folder in folders.values()], the.mark, list(the.read.values()), the.store, the.attention
+        inspect.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False), **environment).remote(
+            [str(folder) for folder in folders.values()],
+            check.mark,
+            list(check.read.values()),
+            check.store,
+            check.attention,
         ): node.address
         for node in living
     }
@@ -120,32 +124,32 @@ def _find_node_problems(living: Sequence[ClusterNode], folders: Mapping[str, Pat
     for answer in answered:
         address = pending_checks[answer]
         try:
-            found = ray.get(answer)
+            findings = ray.get(answer)
         except ray.exceptions.RayTaskError as error:
             cause = f"{type(error.cause).__name__}: {error.cause}"
             yield f"node {address} cannot run the toolkit ({cause}): install the same version there"
         except ray.exceptions.RayError:
             continue  # the node was lost meanwhile; the start of the workers sees that too
         else:
-            yield from _iter_node_problems(address, found, folders, the)
+            yield from _iter_node_problems(address, findings, folders, check)
 
 
 def _iter_node_problems(
-    address: str, answer: NodeFindings, folders: Mapping[str, Path], the: NodeCheck
+    address: str, findings: NodeFindings, folders: Mapping[str, Path], check: NodeCheck
 ) -> Iterator[str]:
     """Yield the problems in what `inspect_node` returned from one node."""
-    version, found, blind, refused, lacking = answer
+    version, folder_problems, missing_paths, store_problem, attention_problem = findings
     if version != __version__:
         yield f"node {address} has version {version} of the toolkit, this machine {__version__}: install the same"
-    if lacking:
-        yield f"node {address} cannot compute {lacking}"
-    if refused:
-        yield f"node {address} does not reach run.dir: {refused}"
-    for (field, folder), problem in zip(folders.items(), found, strict=True):
+    if attention_problem:
+        yield f"node {address} cannot compute {attention_problem}"
+    if store_problem:
+        yield f"node {address} does not reach run.dir: {store_problem}"
+    for (field, folder), problem in zip(folders.items(), folder_problems, strict=True):
         if problem:
             yield f"node {address} {problem} ({field} = {folder}): it must be storage that every node shares"
-    for field, path in the.read.items():
-        if path in blind:
+    for field, path in check.read.items():
+        if path in missing_paths:
             yield f"node {address} does not see {field} = {path}: put it where every node reads it"
 
 
