@@ -31,6 +31,7 @@ class Run:
         config = parse_config_json(
             directory.resolved_config_path.read_text(), where=str(directory.resolved_config_path)
         )
+        config = families.recall_plan(config, directory.path)  # which may be a mirror, or have been moved
         return cls(directory, config, DatasetInfo.from_json(directory.dataset_info_path.read_text()))
 
     def open_latest_checkpoint(self) -> CheckpointReader | None:

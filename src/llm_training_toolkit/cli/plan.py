@@ -90,7 +90,9 @@ def prepare(
     from llm_training_toolkit.monitoring.console import Console
     from llm_training_toolkit.monitoring.terminal import open_terminal_copy
     from llm_training_toolkit.plan import format_mixture, make_plan
+    from llm_training_toolkit.setup.stored_plan import recall_stored_plan
 
+    read = recall_stored_plan(read)
     with open_terminal_copy(2 if as_json else 1) as screen:
         console = Console(screen)
         try:

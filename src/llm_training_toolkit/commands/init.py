@@ -181,7 +181,8 @@ def _estimate_memory_gb(data: dict[str, Any]) -> float:
 
 
 def _parse(data: dict[str, Any]) -> Config:
-    return parse_config(data, "ltt init")
+    # A directory that holds no run, so that none of the same name gives its plan.
+    return parse_config({**data, "run": {**data["run"], "dir": os.devnull}}, "ltt init")
 
 
 def _render(data: dict[str, Any], notes: dict[str, str]) -> str:

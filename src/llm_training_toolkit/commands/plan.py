@@ -20,6 +20,7 @@ from llm_training_toolkit.plan.forecast.settings_search import SettingsSearch, s
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.status import read_run_speed
 from llm_training_toolkit.runs.storage.open import get_run_location
+from llm_training_toolkit.setup.stored_plan import recall_stored_plan
 
 if TYPE_CHECKING:
     from llm_training_toolkit.setup.hub_weights import HubAnswer
@@ -30,7 +31,7 @@ def plan_run(config: Config, cluster: Path | None = None) -> tuple[Plan, Cluster
 
     Raises PlanError only if nothing can be planned, ConfigError for a bad cluster file.
     """
-    answer = _ask_for_size(config)
+    config, answer = _ask_for_plan(config)
     if cluster is None:
         from llm_training_toolkit.worker.precision import keep_begun_precision, resolve_local_precision
 
@@ -52,7 +53,7 @@ def search_run_settings(config: Config, cluster: Path) -> tuple[Plan, SettingsSe
     """
     from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
 
-    answer = _ask_for_size(config)
+    config, answer = _ask_for_plan(config)
     plan = _with_hub_answer(answer, _make_plan(config))
     return plan, search_settings(config, plan, read_hardware(cluster))
 
@@ -81,13 +82,14 @@ def read_measured_speed(config: Config) -> MeasuredSpeed | None:
     return MeasuredSpeed(found.tokens_per_second, found.mfu, 1e12 * found.tflops / found.mfu, run.name)
 
 
-def _ask_for_size(config: Config) -> HubAnswer | None:
-    """Ask the hub for the weights of a run from a hub id, and for what the plan has to know of them."""
+def _ask_for_plan(config: Config) -> tuple[Config, HubAnswer | None]:
+    """Ask the run in its store, else the hub, for what the plan has to know of the weights."""
+    config = recall_stored_plan(config)
     if config.model.path is None:
-        return None
-    from llm_training_toolkit.setup.hub_weights import ask_for_size  # huggingface_hub takes over a second to import
+        return config, None
+    from llm_training_toolkit.setup.hub_weights import ask_for_plan  # huggingface_hub takes over a second to import
 
-    return ask_for_size(config)
+    return config, ask_for_plan(config)
 
 
 def _with_hub_answer(answer: HubAnswer | None, plan: Plan) -> Plan:
@@ -96,5 +98,11 @@ def _with_hub_answer(answer: HubAnswer | None, plan: Plan) -> Plan:
         return plan
     if answer.unreachable:
         note = f"The hub cannot be asked for model.path ({answer.unreachable}): it is checked when training starts."
+        plan = replace(plan, notes=(*plan.notes, note))
+    if answer.missing_tokenizer:
+        note = (
+            f"The tokenizer is not here ({answer.missing_tokenizer}): of the families with this class of model, "
+            f"{plan.family} is assumed. Training needs it."
+        )
         plan = replace(plan, notes=(*plan.notes, note))
     return plan if answer.problem is None else plan.with_problem(answer.problem)

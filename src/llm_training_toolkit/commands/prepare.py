@@ -7,12 +7,14 @@ from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.epochs import prepare_epochs
 from llm_training_toolkit.launch.backend import create_dataset_builder
 from llm_training_toolkit.monitoring.console import Console
-from llm_training_toolkit.setup.hub_weights import ensure_known_size
+from llm_training_toolkit.setup.hub_weights import ask_for_size
+from llm_training_toolkit.setup.stored_plan import recall_stored_plan
 
 
 def prepare_dataset(config: Config, console: Console, *, verify: bool = False) -> DatasetInfo:
     """Prepare the data of a run unless the cache has it; `verify` rereads the documents. Raises ToolkitError."""
-    ensure_known_size(config)
+    config = recall_stored_plan(config)
+    ask_for_size(config, console.print_line)
     builder = create_dataset_builder(config, console)
     dataset_info = prepare_epochs(builder, config).dataset_info
     if verify:

@@ -11,6 +11,7 @@ from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.epochs import build_data_facts
 from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.families import recall_plan
 from llm_training_toolkit.plan import ClusterEstimate, ClusterHardware, estimate_on_cluster, make_plan
 from llm_training_toolkit.report.collect import collect_run
 from llm_training_toolkit.report.page import render_page
@@ -40,6 +41,7 @@ def write_report(places: Sequence[str], output: Path, hardware: ClusterHardware 
 def _estimate_run(run: RunDirectory, hardware: ClusterHardware) -> ClusterEstimate:
     """Estimate a run as it was resolved, with what is known of its data."""
     config = parse_config_json(run.resolved_config_path.read_text(encoding="utf-8"), str(run.resolved_config_path))
+    config = recall_plan(config, run.path)
     facts = None
     if run.dataset_info_path.is_file():
         facts = build_data_facts(DatasetInfo.from_json(run.dataset_info_path.read_text(encoding="utf-8")))

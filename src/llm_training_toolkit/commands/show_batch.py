@@ -14,13 +14,14 @@ from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.data.prepare.epochs import build_data_facts, prepare_epochs
 from llm_training_toolkit.data.preview import DocumentPreview, SequencePreview, preview_step
 from llm_training_toolkit.errors import PlanError
+from llm_training_toolkit.families import recall_plan
 from llm_training_toolkit.launch.backend import create_dataset_builder
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.plan import check_plan, make_plan
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.printable import escape_control_characters
 from llm_training_toolkit.runs.storage.open import get_run_location, open_path
-from llm_training_toolkit.setup.hub_weights import ensure_known_size
+from llm_training_toolkit.setup.hub_weights import ask_for_size
 from llm_training_toolkit.setup.resume import check_run_unchanged, read_resume_state
 
 _LOSS, _PLAIN, _SPECIAL = "black on bright_green", "dim", "bold"
@@ -31,12 +32,13 @@ def load_batch_sequences(config: Config, step: int, console: Console) -> list[Se
 
     Raises PlanError for a step outside the run.
     """
-    ensure_known_size(config)
     with open_path(get_run_location(config)) as run:
         return _load_run_batch(run, config, step, console)
 
 
 def _load_run_batch(run: RunDirectory, config: Config, step: int, console: Console) -> list[SequencePreview]:
+    config = recall_plan(config, run.path)
+    ask_for_size(config, console.print_line)
     resume_state = read_resume_state(run)
     check_run_unchanged(resume_state, config, (), extend=False)
     dataset_info = (

@@ -20,7 +20,7 @@ from llm_training_toolkit.runs.goodput import format_goodput, record_command_end
 from llm_training_toolkit.runs.status import read_goodput
 from llm_training_toolkit.runs.storage.open import get_run_location, join_run, lock_run
 from llm_training_toolkit.setup.background_prep import prepare_in_background
-from llm_training_toolkit.setup.hub_weights import ask_for_size
+from llm_training_toolkit.setup.hub_weights import ask_for_size, ensure_known_size
 from llm_training_toolkit.setup.machine import check_attention, check_compilation, check_machine, check_quantization
 from llm_training_toolkit.setup.resume import (
     ResumeState,
@@ -30,6 +30,7 @@ from llm_training_toolkit.setup.resume import (
     read_resume_state,
 )
 from llm_training_toolkit.setup.run_files import write_run_files
+from llm_training_toolkit.setup.stored_plan import recall_stored_plan
 from llm_training_toolkit.setup.weights import check_initial_weights, find_moved_branch
 from llm_training_toolkit.worker.precision import read_precision_notes, resolve_local_precision
 from llm_training_toolkit.worker.spec import get_torchrun_world_size, is_first_rank
@@ -37,13 +38,15 @@ from llm_training_toolkit.worker.spec import get_torchrun_world_size, is_first_r
 
 def start_run(request: TrainRequest, console: Console) -> TrainResult:
     """Start or resume the run of the request, or skip a finished one. Raises ToolkitError."""
-    config = load_config(request.config, request.overrides)
+    config = recall_stored_plan(load_config(request.config, request.overrides))
     ranks = get_torchrun_world_size() if config.cluster.workers == 0 else None
-    hub_answer = ask_for_size(config)
-    plan = check_plan(make_plan(config, ranks))  # before an impossible run gets a directory
     if config.cluster.workers == 0 and not is_first_rank():
+        ensure_known_size(config)
+        plan = check_plan(make_plan(config, ranks))
         with join_run(get_run_location(config), console.print_line) as run:
             return _join_training(run, plan, console)
+    hub_answer = ask_for_size(config, console.print_line)
+    plan = check_plan(make_plan(config, ranks))  # before an impossible run gets a directory
     with lock_run(get_run_location(config), console.print_line) as run, log_driver(run):
         resume_state = read_resume_state(run)
         plan = _resolve_precision(plan, run, resume_state, ranks)

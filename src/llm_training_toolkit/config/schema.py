@@ -6,9 +6,10 @@ says what happens if it changes after the run has started.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from llm_training_toolkit.config.data_config import DataConfig
 from llm_training_toolkit.config.eval_config import EvalConfig
@@ -273,6 +274,19 @@ class Config(ConfigSection):
     """Steps to record with torch's profiler; by default none."""
     monitoring: MonitoringConfig = MonitoringConfig()
     """Further receivers of the metrics."""
+
+    _begun_plan: Mapping[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def begun_plan(self) -> Mapping[str, Any]:
+        """Plan that the run began with, if a reader of its directory has added it; in no file and no fingerprint."""
+        return self._begun_plan
+
+    def with_begun_plan(self, plan: Mapping[str, Any]) -> Config:
+        """Return the configuration with the plan that its run began with."""
+        config = self.model_copy()
+        config._begun_plan = plan  # noqa: SLF001 - of this class
+        return config
 
     @property
     def max_eval_sequences(self) -> int:

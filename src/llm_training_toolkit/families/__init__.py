@@ -23,7 +23,7 @@ from llm_training_toolkit.families.family import (
 )
 from llm_training_toolkit.families.flops import TrainingFlops, compute_training_flops
 from llm_training_toolkit.families.hf_config import build_hf_config as build_hf_config
-from llm_training_toolkit.families.hf_config import read_recorded_plan, read_source_plan
+from llm_training_toolkit.families.hf_config import read_recorded_plan, read_source_plan, recall_plan, recall_plan_files
 from llm_training_toolkit.families.lora import AdapterSpec, build_adapter
 from llm_training_toolkit.families.saved_config import (
     CONFIG_FILE,
@@ -68,6 +68,8 @@ __all__ = [
     "read_saved_config",
     "read_saved_dropout",
     "read_saved_dtype",
+    "recall_plan",
+    "recall_plan_files",
     "resolve_adapter",
     "resolve_hf_config",
     "resolve_training_flops",

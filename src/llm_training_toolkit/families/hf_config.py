@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llm_training_toolkit.config.model_config import ModelConfig
+from llm_training_toolkit.config.run_identity import normalize_model_name
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families.family import DROPOUTS, Family, ModelDims, ModelSize
@@ -123,12 +124,12 @@ def _list_layer_types(count: int, every: int) -> list[str]:
     return ["linear_attention" if number % every else "full_attention" for number in range(1, count + 1)]
 
 
-def _read_recorded_values(config: Config) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = read_recorded_plan(config).get("hf_config")
+def _read_recorded_values(config: Config) -> Mapping[str, Any] | None:
+    found: Mapping[str, Any] | None = read_recorded_plan(config).get("hf_config")
     return found
 
 
-def read_recorded_plan(config: Config) -> dict[str, Any]:
+def read_recorded_plan(config: Config) -> Mapping[str, Any]:
     """Read the run's plan if its initial weights no longer exist; a resume does not need them.
 
     Empty if they exist, for a run that has not started, and for one that would now start from other weights.
@@ -136,14 +137,28 @@ def read_recorded_plan(config: Config) -> dict[str, Any]:
     given = config.model.path or config.model.init_from
     if given is None or Path(given).expanduser().exists():
         return {}
-    run = Path(config.run.dir).expanduser() / config.run.name
+    return config.begun_plan or recall_plan(config, Path(config.run.dir).expanduser() / config.run.name).begun_plan
+
+
+def recall_plan(config: Config, run: Path) -> Config:
+    """Return the configuration with the plan in the run's directory on this machine: a mirror, or a moved run."""
+    return recall_plan_files(config, lambda name: (run / name).read_bytes())
+
+
+def recall_plan_files(config: Config, read_file: Callable[[str], bytes]) -> Config:
+    """Return the configuration with the plan among its run's files, if it began with the same weights.
+
+    `read_file` gives a file by its name in the run's directory, or raises OSError.
+    """
     try:
-        resolved, plan = (json.loads((run / name).read_text()) for name in ("resolved.json", "plan.json"))
+        resolved, plan = (json.loads(read_file(name)) for name in ("resolved.json", "plan.json"))
     except (OSError, ValueError):
-        return {}
-    keys = ("name", "path", "revision", "init_from", "resize_vocab_to")
-    same = all(resolved["model"].get(key) == getattr(config.model, key) for key in keys)
-    return plan if same else {}
+        return config
+    begun, model = resolved["model"], config.model
+    same_name = normalize_model_name(str(begun.get("name"))) == normalize_model_name(model.name)
+    keys = ("path", "revision", "init_from", "resize_vocab_to")
+    same = same_name and all(begun.get(key) == getattr(model, key) for key in keys)
+    return config.with_begun_plan(plan) if same else config
 
 
 def compute_vocab_size(config: Config, size: ModelSize) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from llm_training_toolkit.errors import PlanError
@@ -51,10 +52,20 @@ def read_tokenizer_family(families: Iterable[Family], model_type: str, files: It
     fallback = max(of_class, key=lambda family: len(family.special_tokens.all))
     for file in files:
         if file is not None:
-            text = file.read_text(encoding="utf-8")
-            # As text: parsing the 11 MB of Qwen's tokenizer would take longer than the rest of the plan.
-            return choose_family(of_class, lambda token: json.dumps(token) in text) or fallback  # noqa: B023 - used here
+            tokens = frozenset(token for family in of_class for token in family.special_tokens.all)
+            present = _find_tokens(file, file.stat().st_mtime_ns, tokens)
+            return choose_family(of_class, present.__contains__) or fallback
     return fallback
+
+
+@lru_cache(maxsize=8)
+def _find_tokens(file: Path, modified: int, tokens: frozenset[str]) -> frozenset[str]:  # noqa: ARG001 - key of the cache
+    """Return the tokens that a tokenizer.json has; it is read once, as a plan looks its size up several times.
+
+    Compared as text: parsing the 11 MB of Qwen's tokenizer would take longer than the rest of the plan.
+    """
+    text = file.read_text(encoding="utf-8")
+    return frozenset(token for token in tokens if json.dumps(token) in text)
 
 
 def build_saved_size(name: str, where: str, found: HfValues, example: ModelSize) -> ModelSize:

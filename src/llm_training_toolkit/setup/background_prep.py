@@ -31,6 +31,7 @@ from llm_training_toolkit.data.prepare.epochs import (
 from llm_training_toolkit.data.prepare.shards import render_in_process
 from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.errors import DataError, ToolkitError
+from llm_training_toolkit.families import recall_plan
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.plan import DataFacts
 from llm_training_toolkit.plan.horizon import find_shortest_stream, is_prepared
@@ -102,6 +103,7 @@ def _watch_process(
 
 def prepare_remaining_epochs(run: RunDirectory, config: Config) -> None:
     """Prepare epoch after epoch until the run has all it needs. Raises DataError if that is impossible."""
+    config = recall_plan(config, run.path)
     resume_state = read_resume_state(run)
     dataset_info = resume_state.dataset_info
     if dataset_info is None:

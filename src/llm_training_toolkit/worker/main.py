@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from llm_training_toolkit import families
 from llm_training_toolkit.checkpoint import CheckpointReader
 from llm_training_toolkit.checkpoint.hub_commit import HUB_KEY, HubCommit, find_hub_commit
 from llm_training_toolkit.checkpoint.restore import find_latest_valid_checkpoint
@@ -47,7 +48,7 @@ from llm_training_toolkit.runs.attempts import (
     update_attempt,
 )
 from llm_training_toolkit.runs.goodput import GoodputState, GoodputTracker, load_goodput_state
-from llm_training_toolkit.setup.hub_weights import ask_for_size
+from llm_training_toolkit.setup.hub_weights import ensure_known_size
 from llm_training_toolkit.train.components import TrainerComponents
 from llm_training_toolkit.train.compute_meter import build_compute_meter
 from llm_training_toolkit.train.loop import run_training_loop
@@ -76,7 +77,8 @@ def run_worker(spec: WorkerSpec, context: RunContext) -> dict[str, Any]:
     """
     set_allocator_options(context.device)
     placements = check_placement(spec, context)
-    ask_for_size(spec.config)  # where this node sees neither the run's plan nor the driver's cache of the hub
+    spec = replace(spec, config=families.recall_plan(spec.config, spec.directory.path))
+    ensure_known_size(spec.config)
     requested, precision_note = resolve_precision(spec, context)
     requested, attention_note = resolve_attention(requested, context)
     spec, memory_notes = resolve_memory_settings(requested, context)

@@ -13,12 +13,13 @@ from huggingface_hub import constants
 from hub_server import hub, silent_server, use_hub
 from llm_training_toolkit.commands.init import StarterRequest, TrainingMachine, format_starter_config
 from llm_training_toolkit.commands.plan import plan_run
-from llm_training_toolkit.config import Config, parse_config
-from llm_training_toolkit.errors import PlanError
-from llm_training_toolkit.families import FAMILIES, count_parameters
-from llm_training_toolkit.plan import make_plan
+from llm_training_toolkit.config import Config, dump_config_json, parse_config
+from llm_training_toolkit.errors import DataError, PlanError
+from llm_training_toolkit.families import FAMILIES, count_parameters, recall_plan
+from llm_training_toolkit.plan import Plan, make_plan, with_precision
+from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.setup import hub_weights
-from llm_training_toolkit.setup.hub_weights import ensure_known_size
+from llm_training_toolkit.setup.hub_weights import ask_for_size, ensure_known_size
 from tiny_models import DECODER, SHAPES
 
 ID = "someone/My-Model"
@@ -131,9 +132,68 @@ def test_without_a_network_an_unknown_name_is_refused_and_nothing_waits(
     assert "qwen3-0.6b" in problem.fix
 
 
-def test_a_known_name_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_with_a_known_name_asks_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    with hub("Qwen/Qwen3-0.6B", hub_files(QWEN3, "qwen3"), "models", asked) as endpoint:
+        use_hub(endpoint, monkeypatch)
+        ensure_known_size(hub_config("Qwen/Qwen3-0.6B"))
+    assert asked == []
+
+
+def begin_run(run: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Plan a run by a hub's answer and write what its start leaves, then forget the answer."""
+    with hub(ID, hub_files(QWEN3, "qwen3"), "models") as endpoint:
+        use_hub(endpoint, monkeypatch)
+        plan, _ = plan_run(config)
+    run.mkdir(parents=True)
+    (run / "resolved.json").write_text(dump_config_json(config))
+    (run / "plan.json").write_text(json.dumps(plan.to_json()))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(run / "empty"))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    ensure_known_size(hub_config("Qwen/Qwen3-0.6B"))
+    return plan
+
+
+@pytest.mark.parametrize("directory", ["s3://no-such-bucket/runs", "runs-of-another-folder"])
+def test_a_begun_run_knows_its_size_from_its_directory_wherever_that_is(
+    directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = hub_config(name="My-Model")
+    mirror = tmp_path / "mirror" / "renamed"
+    plan = begin_run(mirror, config, monkeypatch)
+    again = hub_config(name="my-model")  # the same name
+    again = again.model_copy(update={"run": again.run.model_copy(update={"dir": directory})})
+    with pytest.raises(PlanError):
+        make_plan(again)
+    recalled = recall_plan(again, RunDirectory(mirror).path)
+    assert ask_for_size(recalled) is None
+    assert make_plan(recalled, ranks=2).hf_config == plan.hf_config
+    assert with_precision(recalled, "bf16").begun_plan == json.loads((mirror / "plan.json").read_text())
+    assert dump_config_json(recalled) == dump_config_json(again)
+    other = again.model_copy(update={"model": again.model.model_copy(update={"revision": "v2"})})
+    assert recall_plan(other, mirror).begun_plan == {}
+
+
+def test_weights_alone_resume_a_run_that_began_with_their_name(tmp_path: Path) -> None:
+    begun, again = hub_config("Qwen/Qwen2.5-7B", name="qwen2.5-7b"), hub_config("Qwen/Qwen2.5-7B")
+    assert begun.model.name != again.model.name
+    (tmp_path / "resolved.json").write_text(dump_config_json(begun))
+    (tmp_path / "plan.json").write_text(json.dumps(make_plan(begun).to_json()))
+    assert make_plan(recall_plan(again, tmp_path)).hf_config == make_plan(begun).hf_config
+    assert recall_plan(again, tmp_path).begun_plan != {}
+
+
+def test_a_tokenizer_that_cannot_be_had_is_a_note_of_the_plan_and_an_error_of_a_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raw = json.loads(dump_config_json(hub_config()))
+    config = parse_config(raw | {"tokenizer": {"path": "someone/absent"}}, "test")
+    with hub(ID, hub_files(QWEN3, "qwen3"), "models") as endpoint:
+        use_hub(endpoint, monkeypatch)
+        plan, _ = plan_run(config)
+        with pytest.raises(DataError, match="someone/absent"):
+            ask_for_size(config)
+    assert plan.family == "qwen3"
+    assert any("someone/absent" in note and "assumed" in note for note in plan.notes)
 
 
 def test_another_name_than_that_of_the_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

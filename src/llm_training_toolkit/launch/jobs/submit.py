@@ -43,7 +43,8 @@ from llm_training_toolkit.plan import (
     resolve_for_hardware,
 )
 from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
-from llm_training_toolkit.setup.hub_weights import ask_for_size
+from llm_training_toolkit.setup.hub_weights import ask_for_plan
+from llm_training_toolkit.setup.stored_plan import recall_stored_plan
 
 _STOP_TIMEOUT_SECONDS = "600"  # from SIGTERM to SIGKILL; Ray's default of 3 s leaves no time for a checkpoint
 _MAX_LISTED = 8  # files that stay here and are named
@@ -144,7 +145,8 @@ def _ask_interrupt_action(console: Console) -> Literal["stop", "detach", "follow
 
 def _check_job_plan(config: Config, request: TrainRequest, cluster: Path | None) -> Plan:
     """Return the plan, after checks for all that would only fail on the cluster. Raises PlanError."""
-    ask_for_size(config)
+    config = recall_stored_plan(config)
+    ask_for_plan(config)
     plan = check_plan(make_plan(config) if cluster is None else _plan_on_cluster(config, cluster))
     if not is_uri(config.run.dir) and not Path(config.run.dir).expanduser().is_absolute():
         raise PlanError(

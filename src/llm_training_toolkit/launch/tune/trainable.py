@@ -41,7 +41,7 @@ from llm_training_toolkit.runs.json_lines import read_newest_rows
 from llm_training_toolkit.search.early_stopping import compute_rung_steps, get_bracket
 from llm_training_toolkit.search.results import read_trained_tokens
 from llm_training_toolkit.setup.background_prep import prepare_in_background
-from llm_training_toolkit.setup.hub_weights import ensure_known_size
+from llm_training_toolkit.setup.hub_weights import ask_for_size
 from llm_training_toolkit.setup.resume import read_resume_state
 from llm_training_toolkit.setup.run_files import write_run_files
 from llm_training_toolkit.worker.precision import read_precision_notes
@@ -193,7 +193,7 @@ class _TrialRunner:
         """Prepare the data and write the run files. Return None if the run is already trained to its end."""
         resume_state = read_resume_state(run)
         config = resume_state.keep_saved_precision(config)
-        ensure_known_size(config)  # this node may be another one than the driver's
+        ask_for_size(config)  # this node may be another one than the driver's
         dataset_info = resume_state.find_reusable_dataset(config, ())
         if dataset_info is None:
             builder = DatasetBuilder(config, get_tokenization_spec(config), console.update_stage, render_in_process)

@@ -36,7 +36,7 @@ from llm_training_toolkit.search.event_log import EventLog, SearchDirectory, Tri
 from llm_training_toolkit.search.results import build_summary, find_best_trial
 from llm_training_toolkit.search.sampler import TrialSampler
 from llm_training_toolkit.search.space import TrialConfigBuilder, boundary_points, check_search_space, format_point
-from llm_training_toolkit.setup.hub_weights import ensure_known_size
+from llm_training_toolkit.setup.hub_weights import ask_for_size
 from llm_training_toolkit.setup.machine import check_attention, check_compilation, check_machine, check_quantization
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def read_search(path: Path, overrides: list[str]) -> SearchSpec:
 def run_search(spec: SearchSpec, console: Console) -> tuple[TrainResultStatus, dict[str, Any]]:
     """Run or resume a search. Return its status and summary. Raises ToolkitError."""
     search, directory = spec.search, spec.directory
-    ensure_known_size(spec.trial_config)
+    ask_for_size(spec.trial_config, console.print_line)
     for message in check_search_space(spec.trials):
         console.print_line(f"left out: {message}")
     _check_best_configs(spec)
