@@ -110,9 +110,10 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen[str], seconds
         time.sleep(0.1)
 
 
-def steps_of(run: RunDirectory, attempt: int) -> list[int]:
+def list_resumed_steps(run: RunDirectory) -> list[int]:
+    """Steps of all attempts but the first."""
     rows = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
-    return [row["step"] for row in rows if row["attempt"] == attempt and "train/loss" in row]
+    return [row["step"] for row in rows if row["attempt"] > 1 and "train/loss" in row]
 
 
 def processes_of(run: RunDirectory) -> list[int]:
@@ -170,7 +171,8 @@ def test_a_search_survives_its_workers_and_its_driver(file: Path, ray_environmen
     assert answer["best"]["config"]["optim.lr"] >= 1e-3
     assert {trial["trial"]: trial["state"] for trial in answer["trials"]}["t0003"] == "stopped"
     assert 0 < answer["tokens"] < TRIALS * 32 * 4 * 64
-    assert min(steps_of(run, attempt=2)) > 4, "it has gone on from its checkpoint"
+    # The second attempt may have ended with the driver, before its first step.
+    assert min(list_resumed_steps(run)) > 4, "it has gone on from its checkpoint"
     assert not {
         pid for number in range(TRIALS) for pid in processes_of(found.get_trial_run(number)) if psutil.pid_exists(pid)
     }
