@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 # Two lanes share the processors, and torch's threads spin while they wait for each other: beside other work, the cases
-# of Qwen2-MoE in test_document_isolation.py took 96 s of processor time with two threads and 14 s with one.
+# of Qwen2-MoE in test_document_isolation.py took 98 s of processor time with two threads and 14 s with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

@@ -54,6 +54,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """By size. Heads x head_dim of Qwen3 is not its hidden size; the mixture has an output layer of its own."""
 
+UNKNOWN_QWEN2 = {
+    "model_type": "qwen2",
+    "vocab_size": 1024,
+    "hidden_size": 48,
+    "intermediate_size": 100,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+"""A config.json with dimensions that no known size has."""
+
 
 @contextmanager
 def one_thread() -> Iterator[None]:

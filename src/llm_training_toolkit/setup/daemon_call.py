@@ -12,6 +12,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+# Of a plan, for four requests and the address: a name's look-up takes 10 to 30 s without a network.
+PLAN_PATIENCE_SECONDS = 12.0
+
 
 def start_daemon_call(call: Callable[[], T], name: str) -> Future[T]:
     """Start a call in a thread of this name that ends with the process; return the future of its outcome."""

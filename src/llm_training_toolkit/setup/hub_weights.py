@@ -18,11 +18,9 @@ from llm_training_toolkit import families
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.config.model_config import ModelConfig
 from llm_training_toolkit.errors import DataError, PlanError, Problem
-from llm_training_toolkit.setup.daemon_call import start_daemon_call
+from llm_training_toolkit.setup.daemon_call import PLAN_PATIENCE_SECONDS, start_daemon_call
 
 _REQUEST_SECONDS = 5.0
-# For four requests and the address: a name's look-up has no timeout of its own, and takes 10 to 30 s without a network.
-_PATIENCE_SECONDS = 12.0
 
 
 class _HiddenBar(tqdm):
@@ -78,7 +76,7 @@ def ask_for_plan(config: Config) -> HubAnswer | None:
     if answer is None or not _needs_tokenizer(config):
         return answer
     fetched = start_daemon_call(lambda: _fetch_tokenizer(config), "fetch-tokenizer")
-    wait([fetched], timeout=_PATIENCE_SECONDS)
+    wait([fetched], timeout=PLAN_PATIENCE_SECONDS)
     if not fetched.done():
         return replace(answer, missing_tokenizer=_format_late_answer())
     error = fetched.exception()
@@ -145,7 +143,7 @@ def ask_hub_commit(path: str, revision: str | None) -> str | None:
 
 def _ask_in_time(ask: Callable[[], HubAnswer], path: str, revision: str | None) -> HubAnswer:
     asked = start_daemon_call(ask, "ask-hub")
-    wait([asked], timeout=_PATIENCE_SECONDS)
+    wait([asked], timeout=PLAN_PATIENCE_SECONDS)
     if not asked.done():
         return HubAnswer(unreachable=_format_late_answer())
     error = asked.exception()
@@ -153,7 +151,7 @@ def _ask_in_time(ask: Callable[[], HubAnswer], path: str, revision: str | None) 
 
 
 def _format_late_answer() -> str:
-    return f"no answer within {_PATIENCE_SECONDS:g} s"
+    return f"no answer within {PLAN_PATIENCE_SECONDS:g} s"
 
 
 def _is_cached(path: str, revision: str | None) -> bool:

@@ -11,9 +11,7 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.config.uri import is_uri
 from llm_training_toolkit.runs.storage.open import get_run_location
 from llm_training_toolkit.runs.storage.s3_client import S3Client
-from llm_training_toolkit.setup.daemon_call import start_daemon_call
-
-_PATIENCE_SECONDS = 12.0
+from llm_training_toolkit.setup.daemon_call import PLAN_PATIENCE_SECONDS, start_daemon_call
 
 
 def recall_stored_plan(config: Config) -> Config:
@@ -37,5 +35,5 @@ def recall_stored_plan(config: Config) -> Config:
         return families.recall_plan_files(config, read_file)
 
     with suppress(OSError, LateError):
-        return start_daemon_call(recall, "recall-plan").result(timeout=_PATIENCE_SECONDS)
+        return start_daemon_call(recall, "recall-plan").result(timeout=PLAN_PATIENCE_SECONDS)
     return config

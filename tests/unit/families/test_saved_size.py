@@ -12,17 +12,7 @@ from llm_training_toolkit.config.model_config import TokenizerConfig
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan import make_plan
-from tiny_models import SHAPES
-
-QWEN2 = {
-    "model_type": "qwen2",
-    "vocab_size": 1024,
-    "hidden_size": 48,
-    "intermediate_size": 100,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-}
+from tiny_models import SHAPES, UNKNOWN_QWEN2
 
 
 def path_config(path: Path, **model: Any) -> Config:
@@ -84,7 +74,7 @@ def test_any_dimensions_of_a_known_class_follow_from_a_directory(
 )
 def test_the_tokenizer_tells_families_of_one_class_apart(name: str, model_type: str, tmp_path: Path) -> None:
     shape = {"n_layer": 1, "n_embd": 8, "n_head": 2, "n_inner": None, "vocab_size": 640}
-    values = QWEN2 if model_type == "qwen2" else {"model_type": model_type, **shape}
+    values = UNKNOWN_QWEN2 if model_type == "qwen2" else {"model_type": model_type, **shape}
     weights = save_values(tmp_path / "mine", values, families.FAMILIES[name].special_tokens.all)
     assert families.find_run_size(path_config(weights)).family.name == name
     elsewhere = save_values(tmp_path / "no-tokenizer", values)
@@ -94,7 +84,7 @@ def test_the_tokenizer_tells_families_of_one_class_apart(name: str, model_type: 
 
 
 def test_values_of_transformers_4_and_of_other_intervals_are_read(tmp_path: Path) -> None:
-    old = QWEN2 | {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    old = UNKNOWN_QWEN2 | {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0}}
     hf = families.resolve_hf_config(path_config(save_values(tmp_path / "old", old)))
     assert hf["rope_parameters"] == {"type": "yarn", "rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5}
     known = families.find_size("qwen3.5-4b")
@@ -122,13 +112,13 @@ def test_values_of_transformers_4_and_of_other_intervals_are_read(tmp_path: Path
 def test_a_configuration_that_cannot_be_counted_is_refused(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    weights = save_values(tmp_path / "mine", {**QWEN2, **changes})
+    weights = save_values(tmp_path / "mine", {**UNKNOWN_QWEN2, **changes})
     with pytest.raises(PlanError, match=message):
         make_plan(path_config(weights))
 
 
 def test_a_directory_named_like_another_class_has_its_own(tmp_path: Path) -> None:
-    weights = save_values(tmp_path / "starcoder", QWEN2)
+    weights = save_values(tmp_path / "starcoder", UNKNOWN_QWEN2)
     assert families.find_run_size(path_config(weights)).family.model_type == "qwen2"
     with pytest.raises(PlanError, match=r"holds a qwen2 model, and model\.name = starcoder2-3b is of starcoder2"):
         families.resolve_hf_config(path_config(weights, name="starcoder2-3b"))
@@ -143,7 +133,7 @@ def test_a_sliding_window_is_refused_under_the_name_of_a_known_size(tmp_path: Pa
 
 def test_a_begun_run_knows_such_a_size_when_the_weights_are_gone(tmp_path: Path) -> None:
     weights, run = (
-        save_values(tmp_path / "mine", QWEN2, families.FAMILIES["qwen2"].special_tokens.all),
+        save_values(tmp_path / "mine", UNKNOWN_QWEN2, families.FAMILIES["qwen2"].special_tokens.all),
         tmp_path / "test",
     )
     config = path_config(weights)

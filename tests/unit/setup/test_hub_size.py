@@ -20,20 +20,11 @@ from llm_training_toolkit.plan import Plan, make_plan, with_precision
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.setup import hub_weights
 from llm_training_toolkit.setup.hub_weights import ask_for_size, ensure_known_size
-from tiny_models import DECODER, SHAPES
+from tiny_models import DECODER, SHAPES, UNKNOWN_QWEN2
 
 ID = "someone/My-Model"
 QWEN3 = DECODER | {"vocab_size": 1024, "max_position_embeddings": 128}
 QWEN3_5 = SHAPES["qwen3.5-4b"] | {"model_type": "qwen3_5_text", "vocab_size": 1024, "max_position_embeddings": 128}
-QWEN2 = {
-    "model_type": "qwen2",
-    "vocab_size": 1024,
-    "hidden_size": 48,
-    "intermediate_size": 100,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +58,9 @@ def hub_files(values: dict[str, Any], family: str) -> dict[str, bytes]:
     ("path", "values", "family"),
     [
         (ID, QWEN3, "qwen3"),
-        (ID, QWEN2, "qwen2"),
-        (ID, QWEN2, "qwen2.5"),
-        (ID, QWEN2, "codeqwen1.5"),
+        (ID, UNKNOWN_QWEN2, "qwen2"),
+        (ID, UNKNOWN_QWEN2, "qwen2.5"),
+        (ID, UNKNOWN_QWEN2, "codeqwen1.5"),
         ("someone/qwen3-0.6b", QWEN3, "qwen3"),  # the name of a known size, of other dimensions
         (ID, {"model_type": "qwen3_5", "vision_config": {}, "text_config": QWEN3_5}, "qwen3.5"),
     ],
@@ -118,7 +109,7 @@ def test_a_size_that_the_hub_does_not_give_is_refused_with_its_reason(
 def test_without_a_network_an_unknown_name_is_refused_and_nothing_waits(
     offline: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_weights, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(hub_weights, "PLAN_PATIENCE_SECONDS", 0.2)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     with silent_server() as endpoint:
         use_hub(endpoint, monkeypatch)

@@ -65,7 +65,7 @@ def test_a_revision_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_hub_that_does_not_answer_is_a_note_and_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_weights, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(hub_weights, "PLAN_PATIENCE_SECONDS", 0.2)
     raw: dict[str, Any] = {
         "run": {"name": "x"},
         "model": {"name": "qwen3-0.6b", "path": NAME},
@@ -94,7 +94,7 @@ def test_a_resume_does_not_wait_for_the_commit_of_a_branch(monkeypatch: pytest.M
     with hub(NAME, {}, "models", commits={commit: FILES}, branches={"main": commit}) as endpoint:
         use_hub(endpoint, monkeypatch)
         assert ask_hub_commit(NAME, "main") == commit
-    monkeypatch.setattr(hub_weights, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(hub_weights, "PLAN_PATIENCE_SECONDS", 0.2)
     with silent_server() as endpoint:
         use_hub(endpoint, monkeypatch)
         monkeypatch.setattr(hub_weights, "_REQUEST_SECONDS", 60.0)

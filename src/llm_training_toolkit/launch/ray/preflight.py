@@ -161,12 +161,20 @@ def inspect_node(
     The third are the missing paths. `folders` are written to, `read` is only read; `store` is the URI of a run, "" for
     one in a folder. A node that has no GPU yet is left to the workers: only packages are looked for.
     """
-    wrong = [_find_folder_problem(Path(folder), mark) for folder in folders]
+    folder_problems = [_find_folder_problem(Path(folder), mark) for folder in folders]
     # An unmounted disk leaves an empty folder.
-    blind = [path for path in read if next(Path(path).glob("*"), None) is None]
+    missing_paths = [path for path in read if next(Path(path).glob("*"), None) is None]
     found = {kind: find_attention_problem(kind, gpu=True) for kind in attention}
-    lacking = "; ".join(f"model.attn_implementation = {kind}: {problem}" for kind, problem in found.items() if problem)
-    return __version__, wrong, blind, find_store_problem(store) if store else None, lacking or None
+    attention_problem = "; ".join(
+        f"model.attn_implementation = {kind}: {problem}" for kind, problem in found.items() if problem
+    )
+    return (
+        __version__,
+        folder_problems,
+        missing_paths,
+        find_store_problem(store) if store else None,
+        attention_problem or None,
+    )
 
 
 def _find_folder_problem(folder: Path, mark: str) -> str | None:

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -31,6 +32,20 @@ def hub_of_a_known_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         yield "someone/qwen3-0.6b"
 
 
+def write_search(folder: Path, base: dict[str, Any]) -> Path:
+    """Write a base of epochs, and a search over weights of sources, which such a base cannot take."""
+    search = {
+        "base": "base.yaml",
+        "overrides": {"train.steps": 16},
+        "search": {"data.sources.0.weight": [1, 2]},
+        "trials": 2,
+    }
+    for name, content in (("base", base), ("find", search)):
+        with (folder / f"{name}.yaml").open("w") as file:
+            YAML().dump(content, file)
+    return folder / "find.yaml"
+
+
 def test_trials_are_planned_with_the_dimensions_of_the_weights_also_under_a_known_name(
     tmp_path: Path, hub_of_a_known_name: str
 ) -> None:
@@ -42,16 +57,8 @@ def test_trials_are_planned_with_the_dimensions_of_the_weights_also_under_a_know
         "cluster": {"workers": 1},
     }
     # The base, which has epochs, cannot take weights: that ends the search after its space is checked.
-    search = {
-        "base": "base.yaml",
-        "overrides": {"train.steps": 16},
-        "search": {"data.sources.0.weight": [1, 2]},
-        "trials": 2,
-    }
-    for name, content in (("base", base), ("find", search)):
-        with (tmp_path / f"{name}.yaml").open("w") as file:
-            YAML().dump(content, file)
-    spec = read_search(tmp_path / "find.yaml", [])
+    file = write_search(tmp_path, base)
+    spec = read_search(file, [])
     assert spec.trials.plan_trial({}).hf_config["hidden_size"] == 1024
     with pytest.raises(ConfigError, match=r"best\.yaml"):
         run_search(spec, Console(io.StringIO()))
@@ -74,17 +81,9 @@ def test_a_winner_that_the_base_could_not_take_is_refused_before_the_trials(tmp_
         "train": {"epochs": 1, "global_batch_size": 4},
         "cluster": {"workers": 1},
     }
-    search = {
-        "base": "base.yaml",
-        "overrides": {"train.steps": 16},
-        "search": {"data.sources.0.weight": [1, 2]},
-        "trials": 2,
-    }
-    for name, content in (("base", base), ("find", search)):
-        with (tmp_path / f"{name}.yaml").open("w") as file:
-            YAML().dump(content, file)
+    file = write_search(tmp_path, base)
     with pytest.raises(
         ConfigError, match=r"best\.yaml \(the base without overrides\) with data\.sources\.0\.weight = 1"
     ):
-        run_search(read_search(tmp_path / "find.yaml", []), Console(io.StringIO()))
+        run_search(read_search(file, []), Console(io.StringIO()))
     assert not (tmp_path / "runs").exists()
