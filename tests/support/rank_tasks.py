@@ -82,7 +82,7 @@ def build_plan(spec: WorkerSpec) -> Plan:
 
 def compute_own_slice(plan: Plan) -> range:
     """Return the positions of this rank's replica in a whole global batch."""
-    each = plan.sequence_parallel
+    each = plan.ranks_per_replica
     return compute_replica_slice(plan.global_batch, dist.get_world_size() // each, dist.get_rank() // each)
 
 
@@ -154,7 +154,8 @@ def gather_state(engine: Engine, directory: str) -> Arrays:
     """Every weight and moment, gathered by writing and reading a checkpoint of the engine."""
     shapes = engine.shapes
 
-    manifest = build_manifest(0, shapes, world_size=dist.get_world_size(), zero=engine.stage)
+    parts = engine.column_parts
+    manifest = build_manifest(0, shapes, world_size=dist.get_world_size(), zero=engine.stage, column_parts=parts)
     save(build_context(), Path(directory), engine.owned_fragments(), engine.optimizer, manifest)
     return read_state(Path(directory))
 

@@ -29,6 +29,7 @@ from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent
 from llm_training_toolkit.distributed.node_group import NodeGroup, form_node_group
 from llm_training_toolkit.distributed.sequence_group import form_sequence_group
+from llm_training_toolkit.distributed.tensor_group import form_tensor_group
 from llm_training_toolkit.engine import Engine, gathered_parameter, prepare_deepspeed, zero3_init
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.models import (
@@ -39,6 +40,7 @@ from llm_training_toolkit.models import (
     resize_embeddings,
 )
 from llm_training_toolkit.models.build import DTYPES
+from llm_training_toolkit.models.tensor_parallel import TensorParallelModel
 from llm_training_toolkit.models.weight_stream import WeightStream, check_weights_by_readers
 from llm_training_toolkit.plan import Plan
 from llm_training_toolkit.runs.directory import RunDirectory, check_run
@@ -150,7 +152,9 @@ def _build_engine(
         hf_config = model.config.to_dict()  # type: ignore[union-attr, operator]
         hf_config.pop("quantization_config", None)  # of these ranks, not of the weights
         group = form_sequence_group(context, config.engine.sequence_parallel)
-        module = LossModule(model, model_section.loss_chunk_size, config.train.router_balance, group)
+        tensor = form_tensor_group(context, config.engine.tensor_parallel)
+        cut = None if tensor is None else TensorParallelModel(model, tensor)
+        module = LossModule(model, model_section.loss_chunk_size, config.train.router_balance, group, cut)
         _add_adapters(module, model, config, plan)
         if plan.compile:
             module.compile_layers()
