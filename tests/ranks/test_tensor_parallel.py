@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import rank_tasks
 from llm_training_toolkit.data.sample_log import read_sample_log
+from llm_training_toolkit.plan import make_plan
 from llm_training_toolkit.runs.attempts import find_last_attempt
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.runs.json_lines import read_newest_rows
@@ -102,6 +106,35 @@ def test_gradients_with_the_optimizer_in_host_memory(
 ) -> None:
     changes = build_changes(2, 1, MODELS["qwen3"], engine={"offload": "optimizer"})
     assert_agree(compute_gradients(pools, prepared_run, 4, 3, changes), references("qwen3"))
+
+
+@pytest.mark.parametrize("resized", [None, 640])
+def test_weights_of_a_directory_are_cut_as_they_are_read(
+    pools: Pools, prepared_run: RunDirectory, tmp_path: Path, resized: int | None
+) -> None:
+    config = rank_tasks.build_worker_spec(str(prepared_run.path), {"model": MODELS["untied"]}).config
+    torch.manual_seed(1)
+    written = AutoModelForCausalLM.from_config(AutoConfig.for_model(**make_plan(config).hf_config))
+    written.save_pretrained(tmp_path, max_shard_size="100KB")
+    model = {"name": "qwen2.5-7b", "config_overrides": {}, "path": str(tmp_path), "resize_vocab_to": resized}
+    found = compute_gradients(pools, prepared_run, 4, 3, build_changes(2, 1, model))
+    assert_agree(found, compute_gradients(pools, prepared_run, 1, 11, build_changes(1, 0, model)))
+
+
+def test_weights_that_do_not_fit_are_refused_on_every_rank(
+    pools: Pools, prepared_run: RunDirectory, tmp_path: Path
+) -> None:
+    config = rank_tasks.build_worker_spec(str(prepared_run.path), {"model": MODELS["untied"]}).config
+    written = AutoModelForCausalLM.from_config(AutoConfig.for_model(**make_plan(config).hf_config))
+    written.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] = torch.zeros(64, 120)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    changes = build_changes(2, 1, {"name": "qwen2.5-7b", "config_overrides": {}, "path": str(tmp_path)})
+    said = pools(2).run(rank_tasks.catch_build_error, run=str(prepared_run.path), changes=changes)
+    assert said[0] == said[1]
+    assert "model.layers.1.mlp.down_proj.weight" in said[0]
+    assert "[64, 120]" in said[0]
 
 
 def read_values(run: RunDirectory, name: str) -> dict[int, float]:

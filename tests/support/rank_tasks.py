@@ -27,6 +27,7 @@ from llm_training_toolkit.distributed.context import RunContext, StopRequest
 from llm_training_toolkit.distributed.events import Event, NoteEvent, StepEvent, WarningEvent
 from llm_training_toolkit.distributed.flight_recorder import set_flight_record_directory, write_flight_record
 from llm_training_toolkit.engine import Engine, gathered_parameter, zero3_init
+from llm_training_toolkit.errors import ToolkitError
 from llm_training_toolkit.evaluation.validation import compute_eval_loss
 from llm_training_toolkit.models import LossModule, build_model, check_pretrained_weights, resize_embeddings
 from llm_training_toolkit.models.attention import compute_cu_seqlens
@@ -73,6 +74,16 @@ def build_worker_spec(run: str, changes: Mapping[str, Any] | None = None) -> Wor
 def build_engine(spec: WorkerSpec, plan: Plan) -> Engine:
     """Build an engine with the run's initial weights."""
     return build_run_model(spec, plan, build_context(), None).engine
+
+
+def catch_build_error(run: str, changes: Mapping[str, Any]) -> str:
+    """The error with which an engine is refused."""
+    spec = build_worker_spec(run, changes)
+    try:
+        build_engine(spec, build_plan(spec)).close()
+    except ToolkitError as error:
+        return str(error)
+    return ""
 
 
 def build_plan(spec: WorkerSpec) -> Plan:

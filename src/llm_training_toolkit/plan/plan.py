@@ -304,10 +304,9 @@ def _build_workload(
 ) -> memory_estimate.DeviceWorkload:
     checkpointing = config.model.activation_checkpointing
     assert checkpointing != "auto", "a plan assumes a value"
-    dims, parts = families.read_model_dims(hf), config.engine.tensor_parallel
+    parts = config.engine.tensor_parallel
     return memory_estimate.DeviceWorkload(
-        model=dims.slice_matrices(parts),
-        loaded_parameters=dims.total_parameters if parts > 1 else 0,
+        model=families.read_model_dims(hf).slice_matrices(parts),
         adapter=adapter,
         zero=int(config.engine.zero_stage),
         precision="bf16" if config.train.precision == "bf16" else "fp32",

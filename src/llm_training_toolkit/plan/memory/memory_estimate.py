@@ -77,8 +77,6 @@ class DeviceWorkload:
     offload: Offload = "none"
     sequence_parallel: int = 1
     """Workers that hold slices of the same sequences."""
-    loaded_parameters: int = 0
-    """Parameters on the device before matrices are cut over ranks; 0 = those of `model`."""
     second_partition: int = 1
     """Workers that keep a second copy of all weights among them (`engine.zero_hpz_partition_size`); 1 = none."""
 
@@ -145,7 +143,6 @@ def estimate_memory(load: DeviceWorkload) -> MemoryEstimate:
         )
         for passing, activations, logits, released in _iter_moments(load)
     ]
-    moments.append(MemoryEstimate(load.bytes_per_value * load.loaded_parameters, 0, 0, 0, 0))
     return max(moments, key=lambda moment: moment.total)
 
 
