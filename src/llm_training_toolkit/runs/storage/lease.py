@@ -51,6 +51,13 @@ class Lease:
         self.renewals += 1
         return self._rewrite({"renewals": self.renewals}) and not self._is_superseded()
 
+    def is_lost(self) -> bool:
+        """Return whether the run was taken over or removed; False if the store does not tell."""
+        try:
+            return not self.renew()
+        except StorageError:
+            return False
+
     def release(self) -> None:
         """Mark the claim as given back, if it is still this one's. Raises StorageError."""
         self._rewrite({"given_back": True})
@@ -70,7 +77,7 @@ class Lease:
 
 
 @contextmanager
-def hold_lease(bucket: S3Client, say: Say) -> Iterator[None]:
+def hold_lease(bucket: S3Client, say: Say) -> Iterator[Lease]:
     """Hold the lease on a run for this process; first wait to see whether an earlier holder is alive.
 
     Raises LaunchError if it is, or if the store has no conditional writes; StorageError.
@@ -80,7 +87,7 @@ def hold_lease(bucket: S3Client, say: Say) -> Iterator[None]:
     renewing = threading.Thread(target=_renew_lease, args=(lease, ending, say), daemon=True, name="claim")
     renewing.start()
     try:
-        yield
+        yield lease
     finally:
         ending.set()
         renewing.join()
