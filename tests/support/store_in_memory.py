@@ -48,6 +48,7 @@ class StoreInMemory:
         self, simulation: Simulation, on_read: Callable[[SimulatedThread, str], None], on_write: Watch
     ) -> None:
         self.objects: dict[str, StoredObject] = {}
+        self.error: Exception | None = None  # raised by each request
         self._simulation, self._on_read, self._on_write = simulation, on_read, on_write
 
     def put_object(
@@ -125,6 +126,8 @@ class StoreInMemory:
         yield self._request(list_page)
 
     def _request(self, answer: Callable[[], T]) -> T:
+        if self.error is not None:
+            raise self.error
         return self._simulation.request(answer, lambda: EndpointConnectionError(endpoint_url="http://store"))
 
 

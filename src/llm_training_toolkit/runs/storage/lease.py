@@ -141,10 +141,16 @@ def _wait_for_free_number(bucket: S3Client, say: Say) -> int:
 def _renew_lease(lease: Lease, ending: threading.Event, say: Say) -> None:
     """Renew until `ending`, or until the run is another's; retry if the store does not answer."""
     while not ending.wait(RENEWED_EVERY):
-        with suppress(StorageError):
-            if not lease.renew():
-                say("warning: this run was taken over, or removed; this process ends when it next saves")
-                return
+        try:
+            is_held = lease.renew()
+        except StorageError:
+            continue
+        except Exception as error:  # noqa: BLE001 - the edge of a thread, without which the lease of a healthy run ends
+            say(f"warning: the lease of this run could not be renewed ({type(error).__name__}: {error}); trying again")
+            continue
+        if not is_held:
+            say("warning: this run was taken over, or removed; this process ends when it next saves")
+            return
 
 
 def _build_lease_key(number: int) -> str:

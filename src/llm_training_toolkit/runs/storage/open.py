@@ -183,7 +183,7 @@ def _flush_periodically(mirror: Storage, ending: threading.Event, say: Say) -> N
         except RunReplacedError as error:
             say(f"warning: {error}")
             return
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: boto3 cannot start one of its own, for instance
             if not since:
                 since = time.monotonic()
                 say(f"warning: metrics and logs wait here until the store takes them ({error})")

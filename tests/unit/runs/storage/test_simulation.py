@@ -38,7 +38,7 @@ from llm_training_toolkit.runs.attempts import (
     update_attempt,
 )
 from llm_training_toolkit.runs.directory import RunDirectory, parse_checkpoint_name
-from llm_training_toolkit.runs.storage.lease import CLAIMS, EXPIRES_AFTER, is_lease_held
+from llm_training_toolkit.runs.storage.lease import CLAIMS, EXPIRES_AFTER, RENEWED_EVERY, is_lease_held
 from llm_training_toolkit.runs.storage.open import join_run, lock_run, open_readonly
 from llm_training_toolkit.runs.storage.s3_client import S3Client, StorageError
 from s3_server import silent
@@ -312,3 +312,28 @@ class StoredRunSimulation(RuleBasedStateMachine):
 def test_one_process_writes_into_a_run_whatever_dies() -> None:
     how = settings(max_examples=30, stateful_step_count=40, derandomize=True, database=None, deadline=None)
     run_state_machine_as_test(StoredRunSimulation, settings=how)
+
+
+def test_an_error_of_any_kind_ends_neither_renewals_nor_uploads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    said: list[str] = []
+    with patch_modules() as simulation:
+        store = StoreInMemory(simulation, lambda *_read: None, lambda *_written: None)
+        monkeypatch.setattr("boto3.client", lambda *_names, **_options: store)
+
+        def hold(_process: SimulatedProcess) -> None:
+            with lock_run(ADDRESS, said.append) as run:
+                (run.path / "resolved.json").write_text("{}")
+                simulation.sleep(1000.0)
+
+        simulation.start("one", hold)
+        simulation.pass_time(3.0)
+        store.error = RuntimeError("can't start new thread")
+        simulation.pass_time(20.0)
+        store.error = None
+        simulation.pass_time(120.0)
+        assert simulation.now - store.objects[f"{PREFIX}{CLAIMS}000001"].written <= RENEWED_EVERY
+        assert f"{PREFIX}resolved.json" in store.objects
+    assert [any(words in line for line in said) for words in ("renewed", "wait here", "takes metrics")] == 3 * [True]
