@@ -265,6 +265,7 @@ def check_plan(plan: Plan) -> Plan:
 def _list_estimated_values(config: Config, *, compile_open: bool) -> tuple[str, ...]:
     """Return the names of inexact values; an `auto` micro-batch is planned as 1, checkpointing as none."""
     return (
+        *((families.ASSUMED_DIMENSIONS,) if families.are_dimensions_assumed(config) else ()),
         *(("precision",) if config.train.precision == "auto" else ()),
         *(("zero",) if config.engine.zero_stage == "auto" else ()),
         *(("activation_checkpointing",) if config.model.activation_checkpointing == "auto" else ()),
