@@ -101,6 +101,35 @@ def test_gradients_are_those_of_one_rank(
     assert_agree(compute_gradients(pools, prepared_run, ranks, 3, changes), references(model))
 
 
+@pytest.mark.parametrize(("zero", "offload"), [(0, "none"), (1, "none"), (1, "optimizer")])
+def test_gradients_in_bf16_are_those_of_one_rank_up_to_its_rounding(
+    pools: Pools, prepared_run: RunDirectory, references: Callable[[str], Gradients], zero: int, offload: str
+) -> None:
+    changes = build_changes(2, zero, MODELS["qwen3"], engine={"offload": offload}) | {"train": {"precision": "bf16"}}
+    (loss, norm, found), (wanted_loss, wanted_norm, wanted) = (
+        compute_gradients(pools, prepared_run, 4, 3, changes),
+        references("qwen3"),
+    )
+    assert loss == pytest.approx(wanted_loss, rel=2e-3)
+    assert norm == pytest.approx(wanted_norm, rel=2e-2)
+    largest = max(float(np.abs(values).max()) for values in wanted.values())
+    assert max(float(np.abs(found[name] - values).max()) for name, values in wanted.items()) < 2e-2 * largest
+
+
+@pytest.mark.parametrize("machines", ["aabc", "aaab"])
+def test_replicas_form_on_machines_with_unequal_numbers_of_ranks(
+    pools: Pools, prepared_run: RunDirectory, machines: str
+) -> None:
+    """Groups of a machine's ranks are made before; a rank alone on its machine must count them as the others do."""
+    found = pools(4).run(
+        rank_tasks.list_fragments_on,
+        run=str(prepared_run.path),
+        changes=build_changes(2, 1, MODELS["qwen3"]),
+        machines=machines,
+    )
+    assert found == [found[0]] * 4
+
+
 def test_gradients_with_the_optimizer_in_host_memory(
     pools: Pools, prepared_run: RunDirectory, references: Callable[[str], Gradients]
 ) -> None:
@@ -116,7 +145,12 @@ def test_weights_of_a_directory_are_cut_as_they_are_read(
     torch.manual_seed(1)
     written = AutoModelForCausalLM.from_config(AutoConfig.for_model(**make_plan(config).hf_config))
     written.save_pretrained(tmp_path, max_shard_size="100KB")
-    model = {"name": "qwen2.5-7b", "config_overrides": {}, "path": str(tmp_path), "resize_vocab_to": resized}
+    model: dict[str, Any] = {
+        "name": "qwen2.5-7b",
+        "config_overrides": {},
+        "path": str(tmp_path),
+        "resize_vocab_to": resized,
+    }
     found = compute_gradients(pools, prepared_run, 4, 3, build_changes(2, 1, model))
     assert_agree(found, compute_gradients(pools, prepared_run, 1, 11, build_changes(1, 0, model)))
 

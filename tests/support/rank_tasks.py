@@ -76,6 +76,14 @@ def build_engine(spec: WorkerSpec, plan: Plan) -> Engine:
     return build_run_model(spec, plan, build_context(), None).engine
 
 
+def list_fragments_on(run: str, changes: Mapping[str, Any], machines: str) -> dict[str, int]:
+    """Size of every parameter of an engine that is built on machines named by rank."""
+    spec = replace(build_worker_spec(run, changes), machine=machines[dist.get_rank()])
+    engine = build_engine(spec, build_plan(spec))
+    engine.close()
+    return {name: int(np.prod(shape)) for name, shape in engine.shapes.items()}
+
+
 def catch_build_error(run: str, changes: Mapping[str, Any]) -> str:
     """The error with which an engine is refused."""
     spec = build_worker_spec(run, changes)

@@ -16,6 +16,7 @@ from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs.storage.object_keys import find_name_problem
 
 MANIFEST_FORMAT = 3
+_SLICED_FORMAT = 4  # with slices of columns, for which an earlier version must not take a checkpoint as damaged
 
 
 class UnknownFormatError(CheckpointError):
@@ -94,7 +95,10 @@ class Manifest:
             for name, runs in self.layout.items()
         }
         small = asdict(replace(self, files=(), layout={}))
-        fields = {"format": MANIFEST_FORMAT, **small, "files": files, "layout": layout}
+        if not self.column_parts:
+            del small["column_parts"]
+        number = _SLICED_FORMAT if self.column_parts else MANIFEST_FORMAT
+        fields = {"format": number, **small, "files": files, "layout": layout}
         return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()) + "\n}\n"
 
 
@@ -107,9 +111,10 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         data = json.loads(path.read_text())
         found = data.pop("format")
-        if found != MANIFEST_FORMAT:
+        if found not in {MANIFEST_FORMAT, _SLICED_FORMAT}:
+            known = f"{MANIFEST_FORMAT} and {_SLICED_FORMAT}"
             raise UnknownFormatError(
-                f"{path}: format {found}, this version reads {MANIFEST_FORMAT}: use the version that wrote it"
+                f"{path}: format {found}, this version reads {known}: use the version that wrote it"
             )
         data["files"] = tuple(FileEntry(*entry) for entry in data["files"])
         data["layout"] = {

@@ -24,7 +24,7 @@ class NodeGroup:
     """Ranks of this machine, in ascending order; the first one reads."""
     is_reader: bool
     process_group: Any = None
-    """torch's group of these ranks; None if they are all ranks there are, or a single one."""
+    """torch's group of these ranks; None if they are all ranks there are, or if every machine has a single one."""
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite a contiguous tensor of any dtype with the reader's."""
@@ -64,7 +64,9 @@ def form_node_group(context: RunContext, machine: str) -> Iterator[NodeGroup]:
     machines = context.all_gather_object(machine)
     ranks = tuple(rank for rank, name in enumerate(machines) if name == machine)
     is_reader = ranks[0] == context.rank
-    if len(ranks) in {1, context.world_size}:
+    # All ranks make a group, or none: torch names later groups by the number of those there are. With other numbers on
+    # a machine of one rank, the members of a tensor-parallel group on both would wait for each other under two names.
+    if len(set(machines)) in {1, context.world_size}:
         yield NodeGroup(ranks, is_reader)
         return
     import torch.distributed as dist  # noqa: PLC0415

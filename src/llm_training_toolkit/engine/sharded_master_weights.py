@@ -158,9 +158,8 @@ class _FlatShard:
         self._buffer.finish_step()
         own = self._gradients[self._shard]
         if self._group.size > 1:
-            dist.reduce_scatter_single(
-                own, self._gradients, group=self._group.process_group
-            )  # in place, which NCCL and gloo both allow
+            # In place, which NCCL and gloo both allow.
+            dist.reduce_scatter_single(own, self._gradients, group=self._group.process_group)
         if self._offload:
             self._master_gradients.copy_(own, non_blocking=True)
         for piece, gradient in zip(self.pieces, self._master_gradient_views, strict=True):

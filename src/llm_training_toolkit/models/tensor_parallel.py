@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_training_toolkit.distributed.tensor_group import TensorGroup
-from llm_training_toolkit.errors import CheckpointError
+from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.models.build import build_model
 from llm_training_toolkit.models.check_weights import read_hf_config
 from llm_training_toolkit.models.weight_stream import WeightStream
@@ -177,13 +177,18 @@ def build_tensor_parallel_model(
     if stream is None:
         return model, TensorParallelModel(model, group, lambda _, meta: torch.empty_like(meta, device=device))
     where = f"model.path = {stream.directory}"
-    with stream.raise_together(lambda error: CheckpointError(f"{where}: the weights cannot be loaded: {error}")):
+    with stream.raise_together(lambda error: CheckpointError(f"{where}: the weights cannot be loaded: {error!r}")):
         entries = stream.get_state_dict()
 
         def load(name: str, meta: nn.Parameter) -> Tensor:
-            found = entries[name].get_shape() if name in entries else "absent"
+            if name not in entries:
+                raise CheckpointError(
+                    f"{where}: {name} is absent. With engine.tensor_parallel weights need the names that transformers "
+                    "writes: load them with it and save them once"
+                )
+            found = entries[name].get_shape()
             if found != list(meta.shape):
-                raise CheckpointError(f"{where}: the weights do not fit the model: {name} is {found}")
+                raise CheckpointError(f"{where}: the weights do not fit the model: {name} has shape {found}")
             return stream.load_tensor(name).to(meta.dtype)
 
         return model, TensorParallelModel(model, group, load)
@@ -192,6 +197,11 @@ def build_tensor_parallel_model(
 def _iter_planned_modules(model: nn.Module) -> Iterator[tuple[nn.Module, _Style]]:
     """Yield the modules that the plan of their class names, with their style."""
     plan: Mapping[str, _Style] = model.config.base_model_tp_plan  # type: ignore[union-attr, assignment]
+    if unknown := sorted(set(plan.values()) - set(get_args(_Style))):
+        raise PlanError(
+            f"engine.tensor_parallel: transformers cuts {type(model).__name__} as {', '.join(unknown)}, which is not "
+            "built. Set it to 1"
+        )
     for name, module in model.get_decoder().named_modules():  # type: ignore[operator]
         for pattern, style in plan.items():
             if fnmatchcase(name, pattern):

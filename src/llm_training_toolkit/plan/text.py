@@ -70,6 +70,11 @@ def _format_precision(plan: Plan) -> str:
 
 
 def _format_zero_stage(plan: Plan) -> str:
+    if plan.tensor_parallel > 1:
+        stage = f"ZeRO {plan.zero}{' (auto)' if 'zero' in plan.estimated else ''}"
+        spread = f"{_SPREAD[plan.zero]} over {format_plural(plan.replicas, 'replica')}"
+        cut = f"each {plan.tensor_parallel} workers hold slices of the matrices"
+        return f"{cut}; {stage} {spread}" if plan.replicas > 1 else f"{cut}; {stage}"
     if "zero" not in plan.estimated:
         return f"ZeRO {plan.zero} {_SPREAD[plan.zero]} over {_format_workers(plan)}"
     if plan.ranks == 1:

@@ -122,6 +122,11 @@ def find_placement_warnings(placements: Sequence[RankPlacement], config: Config)
             f"{of} share {what} on several nodes, and send between them in every layer: let each node have a multiple "
             "of it"
         )
+    if len(models) > 1 and engine.tensor_parallel > 1:
+        said.append(
+            "workers that share matrices (engine.tensor_parallel) update their copies of embedding and norms alone: on "
+            "several models of GPUs these drift apart by rounding. Let every node have one model"
+        )
     each = config.cluster.cpus_per_worker
     for node, ranks in _group_ranks([placement.node for placement in placements]).items():
         cores = max(placements[rank].cores for rank in ranks)

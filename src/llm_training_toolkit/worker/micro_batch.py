@@ -54,7 +54,8 @@ def describe_memory_load(config: Config, context: RunContext) -> dict[str, Any]:
         "sequence_length": config.data.sequence_length,
         "global_batch": config.train.global_batch_size,
         "precision": config.train.precision,
-        "engine": config.engine.model_dump(mode="json"),
+        # Without defaults, so that a field of a later version changes nothing for a run that has begun.
+        "engine": config.engine.model_dump(mode="json", exclude_defaults=True),
     }
 
 
@@ -231,7 +232,10 @@ def build_out_of_memory_error(
             f"out of memory with micro-batches of {rows}; the next attempt takes {what}. {counted}"
         )
     ways = ["set model.activation_checkpointing to full or auto"] if kind != "full" else []
-    ways += ["raise engine.zero_stage, with more cluster.workers"] if stage < 3 else ["use more cluster.workers"]
+    if taken.engine.tensor_parallel > 1:
+        ways.append("raise engine.tensor_parallel, or use more cluster.workers at ZeRO 1")
+    else:
+        ways += ["raise engine.zero_stage, with more cluster.workers"] if stage < 3 else ["use more cluster.workers"]
     if find_smaller_micro_batch(taken, workers, rows):
         ways.insert(0, "lower train.micro_batch_size, or set it to auto")
     what = f"out of memory with micro-batches of {rows}: {'; or '.join(ways)}. The same command resumes"

@@ -149,8 +149,8 @@ def test_a_checkpoint_written_again_after_the_damage_is_used(rank: Rank) -> None
 def test_a_checkpoint_of_a_newer_format_is_refused_and_left_in_its_place(rank: Rank) -> None:
     rank.write(1)
     manifest = rank.write(2) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 4'))
-    with pytest.raises(CheckpointError, match="format 4, this version reads 3"):
+    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 5'))
+    with pytest.raises(CheckpointError, match="format 5, this version reads 3 and 4"):
         rank.newest_step()
     assert manifest.exists()
 

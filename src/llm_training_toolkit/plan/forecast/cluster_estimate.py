@@ -15,6 +15,7 @@ from llm_training_toolkit.plan.forecast.offload import estimate_host_seconds
 from llm_training_toolkit.plan.forecast.step_time import (
     MeasuredSpeed,
     compute_measured_seconds,
+    count_updated_parameters,
     estimate_compute_seconds,
     estimate_exchange_seconds,
 )
@@ -172,7 +173,7 @@ def estimate_on_cluster(
         exposed_seconds=exposed_seconds,
         host_seconds=0.0
         if hardware.is_cpu
-        else estimate_host_seconds(config.engine.offload, plan.trainable_parameters, nodes),
+        else estimate_host_seconds(config.engine.offload, count_updated_parameters(plan), nodes),
         checkpoint_gb=compute_checkpoint_copy_bytes(plan.trainable_parameters, workers=1) / 1e9,
         problems=problems,
         notes=(),
@@ -287,7 +288,10 @@ def _suggest_memory_fix(config: Config, plan: Plan, largest: str) -> tuple[str, 
             )
         return "data.sequence_length", "Lower it, or let several workers share a row: engine.sequence_parallel"
     smaller = "; or ".join([*_list_smaller_states(config, plan), "a smaller model"])
-    if plan.zero < 3:
+    if plan.tensor_parallel > 1:
+        where = "engine.tensor_parallel"
+        spread = "Raise it, or use more cluster.workers, which share the optimizer state at ZeRO 1"
+    elif plan.zero < 3:
         where, spread = (
             "engine.zero_stage",
             "Raise it: 3 spreads weights, gradients and optimizer state over the workers",
@@ -300,6 +304,10 @@ def _suggest_memory_fix(config: Config, plan: Plan, largest: str) -> tuple[str, 
 def _list_smaller_states(config: Config, plan: Plan) -> Iterator[str]:
     """Yield the settings that leave less of weights, gradients and optimizer state on a device."""
     lora = config.model.lora
+    if plan.tensor_parallel > 1:
+        if config.engine.offload == "none":
+            yield "engine.offload: optimizer (into host memory)"
+        return
     if lora is None:
         yield "model.lora (gradients and optimizer state of the adapters alone)"
     elif lora.quantize is None and "num_experts" not in plan.hf_config:  # experts are no linear layers

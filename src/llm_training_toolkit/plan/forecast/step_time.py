@@ -133,6 +133,11 @@ def count_trained_parameters(plan: Plan) -> int:
     return families.read_model_dims(plan.hf_config).slice_matrices(plan.tensor_parallel).total_parameters
 
 
+def count_updated_parameters(plan: Plan) -> int:
+    """Return the parameters that all ranks update in a step: with cut matrices the whole ones once for each slice."""
+    return plan.tensor_parallel * count_trained_parameters(plan)
+
+
 def estimate_exchange_seconds(
     plan: Plan, hardware: ClusterHardware, nodes: int, micro_batch: int
 ) -> tuple[float, float]:
@@ -152,7 +157,8 @@ def _estimate_replica_seconds(plan: Plan, micro_batch: int, hardware: ClusterHar
     """Return the seconds in which a worker sends to those of its replica; 0 if it is one by itself.
 
     They exchange tokens of the rows, or sum the outputs of the matrices, that they share. Replicas of consecutive
-    workers are within nodes, or some lie on two, and all workers of a node share its link.
+    workers are within nodes, or some lie on several. Then all workers of a node share its link for tokens. The ring of
+    a sum passes it once, beside that of one more replica where a node holds parts of two.
     """
     each = plan.ranks_per_replica
     if each == 1:
@@ -166,7 +172,8 @@ def _estimate_replica_seconds(plan: Plan, micro_batch: int, hardware: ClusterHar
         plan.activation_checkpointing,
     )
     links, on_node = hardware.bandwidth_gb_per_s, -(-plan.ranks // nodes)
-    link = links.between_nodes / on_node if nodes > 1 and on_node % each else links.within_node
+    sharing = on_node if plan.sequence_parallel > 1 else 1 if each % on_node == 0 else 2
+    link = links.between_nodes / sharing if nodes > 1 and on_node % each else links.within_node
     return sent * (each - 1) / each / (1e9 * link)
 
 
@@ -174,12 +181,13 @@ def compute_seconds_per_byte(plan: Plan, hardware: ClusterHardware, nodes: int) 
     """Return the seconds that the slowest link takes for a byte of an exchange.
 
     In a ring every worker sends (n - 1) / n of what is reduced or gathered. NCCL's rings enter and leave a node once,
-    so all links of a node together carry as much as one device sends. Workers that hold slices of the matrices are in
-    as many rings, which share the link.
+    so all links of a node together carry as much as one device sends. Workers of a node that hold other slices of the
+    matrices are in rings of their own, which share the link.
     """
     links, workers = hardware.bandwidth_gb_per_s, plan.ranks
     if plan.tensor_parallel > 1:
-        link = links.within_node if nodes == 1 else min(links.within_node, links.between_nodes / plan.tensor_parallel)
+        rings = min(plan.tensor_parallel, -(-workers // nodes))
+        link = links.within_node if nodes == 1 else min(links.within_node, links.between_nodes / rings)
         peers = plan.replicas
         return (peers - 1) / peers / (1e9 * link)
     if nodes == 1:

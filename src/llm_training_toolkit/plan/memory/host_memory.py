@@ -51,6 +51,6 @@ def compute_checkpoint_copy_bytes(parameters: int, workers: int) -> int:
     """Return the bytes of host memory that a worker's copy takes while a checkpoint is written.
 
     Trained parameters have 12 bytes each, fp32 weights and Adam's two moments. The workers save equal shares at every
-    stage.
+    stage; of those with slices of the same matrices the first saves the most, for which this counts.
     """
     return -(-12 * parameters // workers)

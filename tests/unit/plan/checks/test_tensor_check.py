@@ -10,11 +10,15 @@ import pytest
 from llm_training_toolkit.config import Config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan import Plan, make_plan
+from llm_training_toolkit.plan.forecast.cluster_estimate import estimate_on_cluster
+from llm_training_toolkit.plan.forecast.cluster_file import read_hardware
 from llm_training_toolkit.plan.memory.memory_settings import choose_memory_settings
 from llm_training_toolkit.plan.plan import check_plan
+from llm_training_toolkit.plan.text import format_plan
 from tiny_runs import tiny_config
 
 NOWHERE = Path("nowhere")
+CLUSTER = Path(__file__).parents[4] / "cluster" / "aws-h100.yaml"
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -95,6 +99,32 @@ def test_a_device_holds_a_slice_of_the_matrices_and_its_share_of_their_state() -
     assert cut["weights"] == pytest.approx(2e-9 * (outside + matrices / 4), rel=1e-3)
     assert cut["optimizer"] == pytest.approx(12e-9 * (outside + matrices / 4), rel=1e-3)
     assert plan(2, 1).memory_gb_per_device["optimizer"] == pytest.approx(6e-9 * (outside + matrices / 2), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("workers", "stage", "line"),
+    [
+        (2, "auto", "each 2 workers hold slices of the matrices; ZeRO 0 (auto)"),
+        (4, 1, "each 2 workers hold slices of the matrices; ZeRO 1 spreads optimizer state over 2 replicas"),
+    ],
+)
+def test_the_plan_says_who_shares_what(workers: int, stage: int | str, line: str) -> None:
+    plan = make_plan(config(cluster={"workers": workers}, engine={"zero_stage": stage}))
+    assert any(line in each for each in format_plan(plan))
+
+
+def test_the_advice_where_memory_is_short_is_not_refused() -> None:
+    """ZeRO 3 and the offload of weights are no way out here."""
+    given = config(
+        model={"name": "qwen2.5-32b", "config_overrides": {}},
+        train={"precision": "bf16", "micro_batch_size": 1},
+        cluster={"workers": 2},
+    )
+    [problem] = estimate_on_cluster(given, make_plan(given), read_hardware(CLUSTER)).problems
+    assert (problem.code, problem.where) == ("out-of-memory", KEY)
+    assert "engine.offload: optimizer (into host memory)" in problem.fix
+    assert "engine.zero_stage" not in problem.fix
+    assert "optimizer_and_weights" not in problem.fix
 
 
 @pytest.mark.parametrize(("workers", "wanted"), [(2, 0), (4, 1)])
