@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from hypothesis import strategies as st
 from llm_training_toolkit.config.data_config import DataConfig
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.data.dataset import PackedDataset
+from llm_training_toolkit.data.prepare import document_index
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore
 from llm_training_toolkit.data.prepare.builder import DatasetBuilder, prepare_dataset
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, PreparedDataset
-from llm_training_toolkit.data.prepare.document_index import DocumentIndex, split_into_shards
+from llm_training_toolkit.data.prepare.document_index import BLOCKS_PER_PARTITION, DocumentIndex, split_into_shards
 from llm_training_toolkit.data.prepare.epochs import prepare_epochs
 from llm_training_toolkit.data.prepare.shards import render_in_process, select_shards
 from llm_training_toolkit.data.tokenizer import TokenizationSpec
@@ -144,10 +146,35 @@ def test_documents_are_dealt_once_in_about_equal_parts(documents: list[tuple[int
     assert sorted(shard for part in dealt for shard in part) == shards
     assert sum(index.count_shard_documents(part, held=False) for part in dealt) == np.count_nonzero(~held)
     sizes = index.sum_by_shard(np.where(held, 0, characters), shards)
-    largest = int(sizes.max()) if len(sizes) else 0
+    largest = max(sizes.max(initial=0), sizes.sum() / (partitions * BLOCKS_PER_PARTITION))
     for part in dealt:
         text = int(index.sum_by_shard(np.where(held, 0, characters), part).sum())
         assert abs(text - sizes.sum() / partitions) <= largest
+
+
+def test_a_partition_has_the_share_of_every_source_and_is_read_in_a_few_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(document_index, "_CHARACTERS_PER_SHARD", 100)
+    sources = np.repeat([0, 1, 2], [20_000, 6_000, 40])
+    index = DocumentIndex(
+        sources,
+        np.zeros((len(sources), 16), np.uint8),
+        np.full(len(sources), 10),
+        np.zeros(len(sources), np.bool_),
+        [],
+        [],
+        [],
+    )
+    data = DataConfig.model_validate({"sequence_length": 64, "sources": [{"path": "x", "format": "text"}] * 3})
+    dealt = [select_shards(data, index, range(3), number, 5) for number in range(5)]
+    assert sum(len(part) for part in dealt) == len(split_into_shards(data, index, range(3), held=False, partitions=5))
+    for part in dealt:
+        assert part == sorted(part)
+        texts = [sum(shard.stop - shard.first for shard in part if shard.source == source) for source in (0, 1)]
+        assert texts[0] / sum(texts) == pytest.approx(20 / 26, abs=0.1)
+        pieces = 1 + sum(now[:2] != (before.source, before.stop) for before, now in pairwise(part))
+        assert pieces <= BLOCKS_PER_PARTITION + 3
 
 
 def test_training_begins_with_the_first_part_and_the_rest_follows(

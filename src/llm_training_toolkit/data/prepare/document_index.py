@@ -37,7 +37,9 @@ from llm_training_toolkit.errors import DataError
 
 _PROGRESS_EVERY = 256
 _CHARACTERS_PER_SHARD = 1 << 25  # about ten million tokens: half a minute of one core's work, and a file of 40 MB
-_SHARDS_PER_PARTITION = 8  # partitions then differ by an eighth at most
+# Partitions then differ from each other by about an eighth at most, and a compressed file is read from its beginning at
+# most so often for each.
+BLOCKS_PER_PARTITION = 8
 _SCHEMA = pa.schema(
     [("source", pa.int32()), ("name", pa.large_string()), ("hash", pa.binary(16)), ("characters", pa.int64())]
 )
@@ -108,14 +110,14 @@ def split_into_shards(
 ) -> list[DocumentShard]:
     """Split the documents of some sources into shards; shards without any document on the side `held` are omitted.
 
-    Shards are smaller where each of the `partitions` would have fewer than `_SHARDS_PER_PARTITION`. A source of whole
+    Shards are smaller where each of the `partitions` would have fewer than `BLOCKS_PER_PARTITION`. A source of whole
     repositories is one shard: they are assembled from files all over the source.
     """
     found: list[DocumentShard] = []
     size = _CHARACTERS_PER_SHARD
     if partitions > 1:
         total = sum(int(document_index.get_source_characters(source).sum()) for source in sources)
-        size = min(size, total // (partitions * _SHARDS_PER_PARTITION) + 1)
+        size = min(size, total // (partitions * BLOCKS_PER_PARTITION) + 1)
     for source in sources:
         rows = document_index.get_source_rows(source)
         filled = np.cumsum(document_index.get_source_characters(source)) // size

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from llm_training_toolkit.data.prepare.atomic_dir import build_atomic_dir
 from llm_training_toolkit.data.prepare.dataset_info import SourceInfo
 from llm_training_toolkit.data.prepare.dataset_tokenizer import StageProgressCallback
 from llm_training_toolkit.data.prepare.document_index import (
+    BLOCKS_PER_PARTITION,
     DocumentIndex,
     DocumentReader,
     DocumentShard,
@@ -101,26 +103,64 @@ class LengthStats:
         self.no_loss += other.no_loss
 
 
+class _ShardBlock(NamedTuple):
+    """Consecutive shards of a source, dealt together; `characters` of their training documents."""
+
+    shards: tuple[DocumentShard, ...]
+    characters: int
+
+
 def select_shards(
     data: DataConfig, document_index: DocumentIndex, sources: Sequence[int], partition: int, partitions: int
 ) -> list[DocumentShard]:
     """Return the shards of one partition of the training documents, in their order.
 
-    Shards in the order of a hash are cut into `partitions` of about equal text, so that each is a sample of all sources
-    and is read in large pieces. A hash of the documents would have every partition read all files.
+    Blocks of shards are dealt, not documents: a partition is read in large pieces, and most of its shards begin where
+    the one before ended. A hash of the documents would have every partition read all files.
     """
     shards = split_into_shards(data, document_index, sources, held=False, partitions=partitions)
     if partitions == 1 or not shards:
         return shards
     sizes = document_index.sum_by_shard(np.where(document_index.held, 0, document_index.characters), shards)
-    order = np.array(sorted(range(len(shards)), key=lambda number: _hash_shard(shards[number])))
-    middles = np.cumsum(sizes[order]) - sizes[order] / 2
-    chosen = order[(middles * partitions // sizes.sum()).astype(np.int64) == partition]
-    return [shards[number] for number in np.sort(chosen).tolist()]
+    blocks = _order_blocks(_group_shards(shards, sizes.tolist(), sizes.sum() / (partitions * BLOCKS_PER_PARTITION)))
+    characters = np.array([block.characters for block in blocks])
+    middles = np.cumsum(characters) - characters / 2
+    numbers = np.flatnonzero((middles * partitions // characters.sum()).astype(np.int64) == partition)
+    chosen = {shard for number in numbers for shard in blocks[number].shards}
+    return [shard for shard in shards if shard in chosen]
 
 
-def _hash_shard(shard: DocumentShard) -> bytes:
-    return hashlib.blake2b(f"{shard.source}/{shard.first}".encode(), digest_size=8).digest()
+def _group_shards(shards: Sequence[DocumentShard], sizes: Sequence[int], limit: float) -> list[_ShardBlock]:
+    """Group consecutive shards of a source into blocks of at most `limit` characters, or one shard."""
+    blocks: list[_ShardBlock] = []
+    for shard, size in zip(shards, sizes, strict=True):
+        last = blocks[-1] if blocks else None
+        if last is not None and last.shards[0].source == shard.source and last.characters + size <= limit:
+            blocks[-1] = _ShardBlock((*last.shards, shard), last.characters + size)
+        else:
+            blocks.append(_ShardBlock((shard,), size))
+    return blocks
+
+
+def _order_blocks(blocks: Sequence[_ShardBlock]) -> list[_ShardBlock]:
+    """Order blocks so that any stretch of them has the share of each source, whose own blocks follow a hash."""
+    by_source: dict[int, list[_ShardBlock]] = {}
+    for block in blocks:
+        by_source.setdefault(block.shards[0].source, []).append(block)
+    placed: list[tuple[float, _ShardBlock]] = []
+    for source, own in by_source.items():
+        own.sort(key=lambda block: _hash_fraction(f"{block.shards[0].source}/{block.shards[0].first}"))
+        total, before = sum(block.characters for block in own), 0
+        begin = _hash_fraction(f"{source}")  # or small sources would all be in the middle
+        for block in own:
+            placed.append(((begin + (before + block.characters / 2) / total) % 1.0, block))
+            before += block.characters
+    return [block for _, block in sorted(placed)]
+
+
+def _hash_fraction(text: str) -> float:
+    """Return a number from 0 to 1."""
+    return float(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")) / float(1 << 48)
 
 
 ShardRunner = Callable[[RenderJob, Sequence[DocumentShard], DoneCallback], None]  # renders missing shards of a job
