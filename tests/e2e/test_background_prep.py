@@ -38,7 +38,7 @@ def epochs(config: Path) -> int:
 
 
 def preparing(process: subprocess.Popen[str]) -> psutil.Process:
-    """The process that prepares later epochs for a run."""
+    """The process that prepares later data for a run."""
     children = psutil.Process(process.pid).children(recursive=True)
     (ahead,) = [child for child in children if "llm_training_toolkit.setup.background_prep" in child.cmdline()]
     return ahead
@@ -78,7 +78,7 @@ def test_documents_that_change_while_the_run_trains_stop_it_in_words(
         process.send_signal(signal.SIGCONT)
         out, err = process.communicate(timeout=900)
     assert process.returncode == 1, err
-    assert "later epochs cannot be prepared, the run ends before them" in out + err
+    assert "later data cannot be prepared, the run ends before it" in out + err
     assert "changed" in err
     assert 0 < len(list_losses(run_of(config))) < 5000
 

@@ -79,7 +79,7 @@ def test_a_stop_while_ranks_wait_is_heard_by_all(
 
 def test_data_that_one_rank_learns_will_never_come_ends_all(pools: Pools, views: list[RunDirectory]) -> None:
     failed = json.dumps({"state": "failed", "why": "the documents have changed"})
-    with pytest.raises(DataError, match="later epochs could not be prepared: the documents have changed"):
+    with pytest.raises(DataError, match="later data could not be prepared: the documents have changed"):
         pools(2).run(
             rank_tasks.train_with_late_data,
             runs=[str(view.path) for view in views],
@@ -87,4 +87,4 @@ def test_data_that_one_rank_learns_will_never_come_ends_all(pools: Pools, views:
         )
     assert pools(2).alive  # both ranks raised it: no rank was left waiting for the other
     assert max(read_losses(views[0])) == REACHED
-    assert "later epochs could not be prepared" in Path(views[0].attempts_dir, "0001.json").read_text()
+    assert "later data could not be prepared" in Path(views[0].attempts_dir, "0001.json").read_text()

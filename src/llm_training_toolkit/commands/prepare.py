@@ -16,6 +16,8 @@ def prepare_dataset(config: Config, console: Console, *, verify: bool = False) -
     config = recall_stored_plan(config)
     ask_for_size(config, console.print_line)
     builder = create_dataset_builder(config, console)
+    if builder.partition_note is not None:
+        console.print_line(builder.partition_note)
     dataset_info = prepare_epochs(builder, config).dataset_info
     if verify:
         builder.verify_documents()

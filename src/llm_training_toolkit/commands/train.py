@@ -103,6 +103,8 @@ def _prepare_data(config: Config, resume_state: ResumeState, request: TrainReque
     if dataset_info is None:
         builder = create_dataset_builder(config, console)
         check_documents_unchanged(resume_state, config, builder, request.accept)
+        if builder.partition_note is not None:
+            console.print_line(builder.partition_note)
         dataset_info = prepare_epochs(
             builder, config, resume_state.step, resume_state.sequences, until=resume_state.step + 1
         ).dataset_info

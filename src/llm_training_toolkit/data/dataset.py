@@ -48,7 +48,8 @@ class PackedDataset:
     """The sequences of a run in training order, as a pure function of the step.
 
     Sequence g = step * global_batch + i is position i of that step, counted through all epochs. If sources have
-    weights, g counts through the mixture of their streams, and each stream has its own epochs.
+    weights, g counts through the mixture of their streams, and each stream has its own epochs. An epoch is its
+    partitions in turn.
     Steps count from 0: `step` is the number of steps completed before. With `epochs`, the order ends with the last
     epoch, and the last step may be short; otherwise it continues as far as epochs are prepared.
     An attempt resumes at `origin` (step, sequence), a multiple of the global batch except after an epoch that ended in
@@ -65,7 +66,7 @@ class PackedDataset:
     ) -> None:
         self._directory = PreparedDataset.from_info(dataset_info).directory
         self.global_batch, self.epochs, self.origin = global_batch, epochs, origin
-        # Streams alternate, and a step may span two epochs of each; every open epoch costs file descriptors.
+        # Streams alternate, and a step may span two parts of each; every open part costs file descriptors.
         self._examples = lru_cache(maxsize=2 * len(dataset_info.streams) + 1)(
             lambda name: ExampleStore(self._directory / name)
         )
@@ -75,11 +76,13 @@ class PackedDataset:
         self.extend_epochs(dataset_info)
 
     def extend_epochs(self, dataset_info: DatasetInfo) -> None:
-        """Switch to a DatasetInfo of the same data with more epochs."""
+        """Switch to a DatasetInfo of the same data with more epochs, or more partitions of them."""
         self.dataset_info = dataset_info
         self._shares = [stream.share for stream in dataset_info.streams]
+        self._partitions = dataset_info.streams[0].partitions
+        last = None if self.epochs is None else self.epochs * self._partitions
         self._starts = [
-            list(accumulate(stream.sequences_per_epoch[: self.epochs], initial=0)) for stream in dataset_info.streams
+            list(accumulate(stream.sequences_per_part[:last], initial=0)) for stream in dataset_info.streams
         ]
 
     @property
@@ -93,7 +96,7 @@ class PackedDataset:
     @property
     def _total_sequences(self) -> int | None:
         """Sequences of a run over epochs, once all of them are prepared."""
-        if self.epochs is None or len(self.dataset_info.streams[0].epochs) < self.epochs:
+        if self.epochs is None or len(self.dataset_info.streams[0].epochs) < self.epochs * self._partitions:
             return None
         return self._starts[0][-1]
 
@@ -146,16 +149,18 @@ class PackedDataset:
 
     def _build_unprepared_error(self, step: int, stream: int) -> DataError:
         missing, prepared = len(self._starts[stream]) - 1, self._starts[stream][-1]
+        epoch, partition = divmod(missing, self._partitions)
         of_source = f" of {self.dataset_info.sources[stream].path}" if len(self._starts) > 1 else ""
+        unit, of_epoch = ("epochs", "") if self._partitions == 1 else ("partitions", f"partition {partition} of ")
         return DataError(
-            f"step {step}: needs sequences of epoch {missing}{of_source}, and only {missing} epochs ({prepared} "
-            f"sequences) are prepared. Prepare at least {missing + 1} epochs."
+            f"step {step}: needs sequences of {of_epoch}epoch {epoch}{of_source}, and only {missing} {unit} "
+            f"({prepared} sequences) are prepared. Prepare at least {missing + 1} {unit}."
         )
 
     def _locate_sequence(self, due: StreamPosition) -> SequenceRef:
         starts = self._starts[due.stream]
-        epoch = bisect_right(starts, due.number) - 1
-        return SequenceRef(due.stream, epoch, due.number - starts[epoch])
+        epoch = (bisect_right(starts, due.number) - 1) // self._partitions
+        return SequenceRef(due.stream, epoch, due.number - starts[epoch * self._partitions])
 
     def get_micro_batches(self, step: int, positions: range, micro_batch: int) -> list[MicroBatch]:
         """Return positions of the step's global batch as micro-batches of `micro_batch` rows, except the last.
@@ -174,16 +179,16 @@ class PackedDataset:
         return sum(
             int(self._plan(self.dataset_info.streams[stream].epochs[epoch].plan).targets[part].sum())
             for stream in range(len(self._shares))
-            for epoch, part in self._split_by_epoch(stream, first[stream], last[stream])
+            for epoch, part in self._split_by_part(stream, first[stream], last[stream])
         )
 
-    def _split_by_epoch(self, stream: int, first: int, stop: int) -> Iterator[tuple[int, slice]]:
-        """Yield (epoch, its sequences) for the sequences [first, stop) of a stream."""
+    def _split_by_part(self, stream: int, first: int, stop: int) -> Iterator[tuple[int, slice]]:
+        """Yield (part, its sequences) for the sequences [first, stop) of a stream."""
         starts = self._starts[stream]
-        for epoch in range(bisect_right(starts, first) - 1, len(starts) - 1):
-            if starts[epoch] >= stop:
+        for part in range(bisect_right(starts, first) - 1, len(starts) - 1):
+            if starts[part] >= stop:
                 return
-            yield epoch, slice(max(first - starts[epoch], 0), min(stop, starts[epoch + 1]) - starts[epoch])
+            yield part, slice(max(first - starts[part], 0), min(stop, starts[part + 1]) - starts[part])
 
     def get_document_spans(self, step: int, positions: range | None = None) -> list[list[DocumentSpan]]:
         """Return the pieces of each sequence of the step, or of those at `positions`, from the index alone."""
@@ -238,9 +243,13 @@ class PackedDataset:
             rows += [[]] * (min(micro_batch, largest - start) - len(rows))
             yield from self._build_micro_batches(rows, micro_batch)
 
-    def _open_epoch(self, placed: SequenceRef) -> _PackedExamples:
-        files = self.dataset_info.streams[placed.stream].epochs[placed.epoch]
-        return _PackedExamples(self._plan(files.plan), self._examples(files.tokens))
+    def _open_sequence(self, placed: SequenceRef) -> tuple[_PackedExamples, int]:
+        """Return the part that holds a sequence, and the number of the sequence in it."""
+        starts = self._starts[placed.stream]
+        number = starts[placed.epoch * self._partitions] + placed.sequence
+        part = bisect_right(starts, number) - 1
+        files = self.dataset_info.streams[placed.stream].epochs[part]
+        return _PackedExamples(self._plan(files.plan), self._examples(files.tokens)), number - starts[part]
 
     @cached_property
     def _held_out(self) -> _PackedExamples:
@@ -248,13 +257,14 @@ class PackedDataset:
         return _PackedExamples(plan, ExampleStore(self._directory / self.dataset_info.held_out))
 
     def _read_examples(self, placed: SequenceRef) -> list[Example]:
-        return self._open_epoch(placed).read_examples(placed.sequence)
+        packed, number = self._open_sequence(placed)
+        return packed.read_examples(number)
 
     def _build_document_spans(self, placed: SequenceRef) -> list[DocumentSpan]:
-        plan, examples = self._open_epoch(placed)
+        (plan, examples), number = self._open_sequence(placed)
         return [
             DocumentSpan(int(examples.source[i]), int(examples.document[i]), int(examples.length[i]))
-            for i in plan.get_examples(placed.sequence).tolist()
+            for i in plan.get_examples(number).tolist()
         ]
 
     def _build_micro_batches(self, rows: Sequence[Sequence[Example]], micro_batch: int) -> Iterator[MicroBatch]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from llm_training_toolkit.config.data_config import MAX_PARTITIONS
 from llm_training_toolkit.config.schema import Config, Offload
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
@@ -26,6 +27,7 @@ OFFLOAD_STAGES: dict[Offload, tuple[int, ...]] = {
 }
 """ZeRO stages that can keep so much in host memory. Stage 0 has nothing apart from the weights to move; at stage 2
 DeepSpeed 0.19.8 would sum micro-batches in bf16, and only if it knew their number."""
+_PARTITION_BYTES = 1 << 31  # some 600 million tokens: minutes of preparation, and ten times what is shuffled at once
 _SLOW = 1.2  # slowdown of bf16 from which a resume warns; below it, measurement noise decides
 
 
@@ -71,6 +73,25 @@ def format_slow_precision(precision: str, slowdowns: Sequence[float]) -> str | N
 
 def _format_slowdown(slowdown: float) -> str:
     return f"{1 / slowdown:.2g} times faster" if slowdown < 1 else f"{slowdown:.2g} times slower"
+
+
+def resolve_partitions(config: Config, source_bytes: int) -> tuple[int, str | None]:
+    """Return `data.partitions` as a number, chosen by the bytes of the training sources' files as they are stored.
+
+    The second value is the reason, None where there was nothing to choose: a number is given, or sources are small.
+    """
+    if config.data.partitions != "auto":
+        return config.data.partitions, None
+    if source_bytes < 2 * _PARTITION_BYTES:
+        return 1, None
+    if config.train.epochs is not None:
+        count, why = 1, ", but train.epochs needs all of an epoch to know the number of steps"
+    elif any(source.group_by == "repository" for source in config.data.sources):
+        count, why = 1, ", but group_by: repository assembles a source as a whole"
+    else:
+        count = min(source_bytes // _PARTITION_BYTES, MAX_PARTITIONS)
+        why = "; training begins when the first of these parts is prepared"
+    return count, str(ResolvedValue("data.partitions", count, f"{source_bytes / (1 << 30):,.1f} GiB of files{why}"))
 
 
 def with_precision(config: Config, precision: Precision) -> Config:

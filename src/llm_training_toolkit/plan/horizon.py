@@ -16,15 +16,17 @@ from llm_training_toolkit.plan.problem import Problem
 class StreamFacts:
     """Stream of sequences: all sources together, or one source if sources have weights."""
 
-    sequences_per_epoch: tuple[int, ...]
-    """Packed training sequences of each prepared epoch, in order."""
+    sequences_per_part: tuple[int, ...]
+    """Packed training sequences of each prepared part, in order: an epoch, or a partition of one."""
     share: int = 1
     """Share of the mixture, relative to the other streams."""
+    partitions: int = 1
+    """Parts of an epoch."""
 
     def compute_epochs(self, sequences: int) -> float | None:
-        """Return `sequences` in passes over the stream, by the mean of its prepared epochs, or None if empty."""
-        prepared = sum(self.sequences_per_epoch)
-        return sequences * len(self.sequences_per_epoch) / prepared if prepared else None
+        """Return `sequences` in passes over the stream, by the mean of its prepared parts, or None if empty."""
+        prepared = sum(self.sequences_per_part)
+        return sequences * len(self.sequences_per_part) / (prepared * self.partitions) if prepared else None
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Horizon:
     steps_estimated: bool
     """True if some or all epochs are not prepared."""
     epochs: float | None
-    """Passes over the data by the mean of the prepared epochs, or None if unknown or if sources have weights."""
+    """Passes over the data by the mean of the prepared parts, or None if unknown or if sources have weights."""
     mixture: tuple[MixtureSource, ...]
     """Sources with weights; empty without weights."""
     warmup_steps: int | None
@@ -107,20 +109,19 @@ def compute_horizon(config: Config, data_facts: DataFacts | None, embedding_rows
 
 
 def is_prepared(config: Config, data_facts: DataFacts) -> bool:
-    """Return whether the prepared epochs hold every sequence that the run still needs."""
-    return not any(count_missing_epochs(config, data_facts))
+    """Return whether the prepared parts hold every sequence that the run still needs."""
+    return not any(count_missing_parts(config, data_facts))
 
 
-def count_missing_epochs(config: Config, data_facts: DataFacts, until: int | None = None) -> list[int]:
-    """Return the minimum number of epochs to add per stream, by the size of its largest prepared epoch."""
+def count_missing_parts(config: Config, data_facts: DataFacts, until: int | None = None) -> list[int]:
+    """Return the minimum number of parts to add per stream, by the size of its largest prepared part."""
     if config.train.epochs is not None:
-        return [max(config.train.epochs - len(data_facts.streams[0].sequences_per_epoch), 0)]
+        stream = data_facts.streams[0]
+        return [max(config.train.epochs * stream.partitions - len(stream.sequences_per_part), 0)]
     needed = _count_needed_sequences(config, data_facts, until)
-    missing = [
-        count - sum(stream.sequences_per_epoch) for stream, count in zip(data_facts.streams, needed, strict=True)
-    ]
+    missing = [count - sum(stream.sequences_per_part) for stream, count in zip(data_facts.streams, needed, strict=True)]
     return [
-        max(1, count // max(stream.sequences_per_epoch)) if count > 0 else 0
+        max(1, count // max(stream.sequences_per_part)) if count > 0 else 0
         for stream, count in zip(data_facts.streams, missing, strict=True)
     ]
 
@@ -129,7 +130,7 @@ def find_shortest_stream(config: Config, data_facts: DataFacts) -> int:
     """Return the stream that runs out first. For runs over tokens or steps."""
     needed = _count_needed_sequences(config, data_facts)
     covered = [
-        sum(stream.sequences_per_epoch) / count if count else 1.0
+        sum(stream.sequences_per_part) / count if count else 1.0
         for stream, count in zip(data_facts.streams, needed, strict=True)
     ]
     return covered.index(min(covered))
@@ -147,7 +148,7 @@ def _compute_run_steps(config: Config, data_facts: DataFacts | None) -> tuple[in
     """Return the length of the run in steps, and whether it is inexact.
 
     Tokens and epochs are converted to sequences. The part not seen in the completed steps is divided by the global
-    batch and rounded up, as the stream is continuous. An unprepared epoch counts as the mean of the prepared ones;
+    batch and rounded up, as the stream is continuous. An unprepared part counts as the mean of the prepared ones;
     without any of those the length is None.
     """
     train = config.train
@@ -159,10 +160,11 @@ def _compute_run_steps(config: Config, data_facts: DataFacts | None) -> tuple[in
             -(-train.tokens // config.data.sequence_length), train.global_batch_size, done, seen
         ), False
     assert train.epochs is not None  # the schema requires exactly one length
-    if data_facts is None or not data_facts.streams[0].sequences_per_epoch:
+    if data_facts is None or not data_facts.streams[0].sequences_per_part:
         return None, True
-    known = data_facts.streams[0].sequences_per_epoch[: train.epochs]
-    missing = train.epochs - len(known)
+    parts = train.epochs * data_facts.streams[0].partitions
+    known = data_facts.streams[0].sequences_per_part[:parts]
+    missing = parts - len(known)
     sequences = sum(known) + round(missing * sum(known) / len(known))
     return _compute_total_steps(sequences, train.global_batch_size, done, seen), missing > 0 or data_facts.estimated
 

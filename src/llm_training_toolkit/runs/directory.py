@@ -99,7 +99,7 @@ class RunDirectory:
 
     @property
     def preparation_state_path(self) -> Path:
-        """State of the background preparation of later epochs: working, done, or failed with the reason."""
+        """State of the background preparation of later data: working, done, or failed with the reason."""
         return self.path / "data" / "preparation.json"
 
     @property

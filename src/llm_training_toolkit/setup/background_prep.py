@@ -1,7 +1,7 @@
-"""Prepares later epochs in a child process while earlier ones train, one epoch after the other.
+"""Prepares later epochs and partitions in a child process while earlier ones train, one after the other.
 
     driver ── starts ──> this module, with run and configuration ── rewrites ──> data/dataset_info.json
-    ranks, at a step without its epoch ── wait for ──> data/dataset_info.json
+    ranks, at a step without its data ── wait for ──> data/dataset_info.json
 
 The process reads a pipe: first the configuration, with the addresses that the run directory does not store whole, then
 the SHA-256 of the dataset info that it adds to. The driver holds it open, and the process exits when it closes. If the
@@ -47,7 +47,7 @@ _NICENESS = 10  # training workers get the CPU first
 
 @contextmanager
 def prepare_in_background(run: RunDirectory, config: Config, facts: DataFacts, console: Console) -> Iterator[None]:
-    """Prepare the missing epochs in a child process while the run trains; start none if all are prepared."""
+    """Prepare the missing data in a child process while the run trains; start none if all is prepared."""
     if is_prepared(config, facts):
         write_preparation_state(run, "done")
         yield
@@ -81,7 +81,7 @@ def prepare_in_background(run: RunDirectory, config: Config, facts: DataFacts, c
 
 
 def _end_process(process: subprocess.Popen[bytes]) -> None:
-    """Close the pipe, so that the process cleans up and exits. Finished epochs stay in the cache."""
+    """Close the pipe, so that the process cleans up and exits. What is finished stays in the cache."""
     assert process.stdin is not None
     process.stdin.close()
     try:
@@ -94,24 +94,24 @@ def _end_process(process: subprocess.Popen[bytes]) -> None:
 def _watch_process(
     process: subprocess.Popen[bytes], run: RunDirectory, log: Path, console: Console, ending: threading.Event
 ) -> None:
-    """Warn as soon as later epochs cannot be prepared, also if the process is killed for its memory."""
+    """Warn as soon as later data cannot be prepared, also if the process is killed for its memory."""
     if process.wait() == 0 or ending.is_set():
         return
     if run.lock is not None and run.lock.is_lost():
         return
     state, why = read_preparation_state(run)
     if state == "working":
-        why = f"the process that prepares them ended with {process.returncode}; see {log}"
+        why = f"the process that prepares it ended with {process.returncode}; see {log}"
         write_preparation_state(run, "failed", why)
-    console.show_event(WarningEvent(f"later epochs cannot be prepared, the run ends before them: {why}"))
+    console.show_event(WarningEvent(f"later data cannot be prepared, the run ends before it: {why}"))
 
 
 class _RunReplacedError(Exception):
-    """Removal of the run while its later epochs were prepared; perhaps it was begun anew."""
+    """Removal of the run while its later data were prepared; perhaps it was begun anew."""
 
 
-def _prepare_remaining_epochs(run: RunDirectory, config: Config, digest: str) -> None:
-    """Add epoch after epoch until the run has all it needs. Raises DataError if that is impossible, _RunReplacedError.
+def _prepare_remaining_parts(run: RunDirectory, config: Config, digest: str) -> None:
+    """Add part after part until the run has all it needs. Raises DataError if that is impossible, _RunReplacedError.
 
     `digest` is that of the dataset info that the driver wrote.
     """
@@ -127,7 +127,7 @@ def _prepare_remaining_epochs(run: RunDirectory, config: Config, digest: str) ->
             "back and start the run again: it resumes from its latest checkpoint."
         )
     while not is_prepared(config, build_data_facts(dataset_info, resume_state.step, resume_state.sequences)):
-        dataset_info = work.build_epochs(_plan_next_epoch(config, dataset_info, resume_state)).dataset_info
+        dataset_info = work.build_parts(_plan_next_part(config, dataset_info, resume_state)).dataset_info
         _check_not_replaced(run, digest)
         write_atomically(run.dataset_info_path, dataset_info.to_json())
         digest = _compute_info_digest(run)
@@ -147,8 +147,8 @@ def _compute_info_digest(run: RunDirectory) -> str:
     return hashlib.sha256(run.dataset_info_path.read_bytes()).hexdigest()
 
 
-def _plan_next_epoch(config: Config, dataset_info: DatasetInfo, resume_state: ResumeState) -> list[int]:
-    """Return the epochs of each stream, with one more for the stream that runs out first."""
+def _plan_next_part(config: Config, dataset_info: DatasetInfo, resume_state: ResumeState) -> list[int]:
+    """Return the parts of each stream, with one more for the stream that runs out first."""
     facts = build_data_facts(dataset_info, resume_state.step, resume_state.sequences)
     first = find_shortest_stream(config, facts)
     return [len(stream.epochs) + (number == first) for number, stream in enumerate(dataset_info.streams)]
@@ -160,7 +160,7 @@ def _exit_with_driver() -> None:
 
 
 def main() -> None:
-    """Prepare the missing epochs of the run in argv; record a failure for its ranks."""
+    """Prepare the missing data of the run in argv; record a failure for its ranks."""
     run = RunDirectory(Path(sys.argv[1]))
     with open(0, "rb", buffering=0, closefd=False) as driver:
         config = parse_config_json(driver.readline().decode(), where="the driver's configuration")
@@ -168,7 +168,7 @@ def main() -> None:
     threading.Thread(target=_exit_with_driver, daemon=True, name="driver").start()
     os.nice(_NICENESS)
     try:
-        _prepare_remaining_epochs(run, config, digest)
+        _prepare_remaining_parts(run, config, digest)
     except (KeyboardInterrupt, _RunReplacedError):
         return
     except (ToolkitError, OSError, MemoryError) as error:

@@ -139,6 +139,13 @@ def check_documents_unchanged(
     before = resume_state.dataset_info
     if resume_state.manifest is None or before is None or before.fingerprint == work.fingerprint:
         return
+    partitions = before.streams[0].partitions
+    if partitions != work.partitions and not _accepts_changed_data(accept):
+        raise ConfigError(
+            f"data.partitions: the run has begun with {partitions}, and would now have {work.partitions}, so the order "
+            f"of the data would be another: set data.partitions to {partitions} and --accept data.partitions, or take "
+            "another run.name"
+        )
     if config.tokenizer.train is not None and before.tokenizer_path != str(work.tokenizer_path):
         raise ConfigError(
             "the documents have changed since the run began, and a tokenizer trained on them now would be another than "

@@ -52,7 +52,7 @@ def wait_for_data(components: TrainerComponents, state: TrainState) -> LoopStatu
     context.heartbeat.set_phase("waiting for data that is being prepared", NO_TIMEOUT)
     components.goodput_tracker.enter_category("data")
     if context.is_rank_zero:
-        message = f"step {state.step + 1} waits for data of the next epoch, which is being prepared"
+        message = f"step {state.step + 1} waits for data of the next epoch or partition, which is being prepared"
         context.report(NoteEvent(message))
     while True:
         failure = ""

@@ -101,31 +101,38 @@ def test_a_step_is_the_same_for_any_number_of_ranks(
     assert sequences.count_loss_tokens(1) == sum(label != N for _, _, labels in whole for label in labels)
 
 
-def stored(folder: Path, lengths: list[int], seed: int) -> DatasetInfo:
+def stored(folder: Path, lengths: list[int], seed: int, partitions: int) -> DatasetInfo:
     """Two epochs of documents of these lengths, cut to 16 tokens. Each token says whose it is and which of its."""
-    for name in ("part", "tokens", "tokenizer", "plan0", "plan1"):
-        (folder / name).mkdir()
+    (folder / "tokenizer").mkdir()
     pieces = [
         (number, range(start, min(start + 16, length)))
         for number, length in enumerate(lengths)
         for start in range(0, length, 16)
     ]
     ones = np.ones(16, dtype=np.bool_)
-    write_examples(
-        folder / "part",
-        [
-            SourceExample(
-                0, Example(np.array(places, dtype=np.uint32) + 1000 * number + 1, ones[: len(places)], number)
-            )
-            for number, places in pieces
-        ],
-    )
-    join_examples([folder / "part"], folder / "tokens", os.link)
-    index, epochs = ExampleStore(folder / "tokens"), []
-    for epoch in (0, 1):
-        plan = pack_in_windows(index.batch, index.length, 16, targets=index.targets, seed=seed, epoch=epoch)
-        plan.write(folder / f"plan{epoch}")
-        epochs.append(EpochInfo("tokens", f"plan{epoch}", len(plan), sum(lengths), 0))
+    for partition in range(partitions):
+        shard, tokens = folder / f"shard{partition}", folder / f"tokens{partition}"
+        shard.mkdir()
+        tokens.mkdir()
+        write_examples(
+            shard,
+            [
+                SourceExample(
+                    0, Example(np.array(places, dtype=np.uint32) + 1000 * number + 1, ones[: len(places)], number)
+                )
+                for number, places in pieces
+                if number % partitions == partition
+            ],
+        )
+        join_examples([shard], tokens, os.link)
+    epochs = []
+    for part in range(2 * partitions):
+        tokens = folder / f"tokens{part % partitions}"
+        index = ExampleStore(tokens)
+        plan = pack_in_windows(index.batch, index.length, 16, targets=index.targets, seed=seed, epoch=part)
+        (folder / f"plan{part}").mkdir()
+        plan.write(folder / f"plan{part}")
+        epochs.append(EpochInfo(tokens.name, f"plan{part}", len(plan), int(index.length.sum()), 0))
     return DatasetInfo(
         fingerprint="",
         directory=str(folder),
@@ -135,8 +142,8 @@ def stored(folder: Path, lengths: list[int], seed: int) -> DatasetInfo:
         sequence_length=16,
         seed=seed,
         sources=(),
-        streams=(StreamInfo(1, tuple(epochs)),),
-        held_out="tokens",
+        streams=(StreamInfo(1, tuple(epochs), partitions),),
+        held_out="tokens0",
         held_out_plan="plan0",
         eval_sequences=0,
         padding=0.0,
@@ -150,14 +157,15 @@ def stored(folder: Path, lengths: list[int], seed: int) -> DatasetInfo:
     seed=st.integers(0, 99),
     global_batch=st.integers(1, 9),
     micro=st.integers(1, 4),
+    partitions=st.integers(1, 4),
     attempts=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 6)), min_size=1, max_size=4),
 )
 def test_any_documents_any_ranks_any_restarts(
-    lengths: list[int], seed: int, global_batch: int, micro: int, attempts: list[tuple[int, int]]
+    lengths: list[int], seed: int, global_batch: int, micro: int, partitions: int, attempts: list[tuple[int, int]]
 ) -> None:
     """Attempts (ranks, steps until they are killed) one after the other see what one undisturbed rank sees."""
     with TemporaryDirectory() as name:
-        dataset_info = stored(Path(name), lengths, seed)
+        dataset_info = stored(Path(name), lengths, seed, partitions)
         undisturbed = DataLoader(dataset_info, global_batch=global_batch, epochs=2)
         steps = -(-dataset_info.total_sequences // global_batch)
         alone = [

@@ -16,6 +16,7 @@ from llm_training_toolkit.plan import (
     choose_precision,
     format_slow_precision,
     make_plan,
+    resolve_partitions,
     with_zero_stage,
 )
 from llm_training_toolkit.plan.forecast.cluster_estimate import resolve_for_hardware
@@ -111,3 +112,29 @@ def test_a_plan_without_a_machine_says_what_is_open() -> None:
     plan = make_plan(config())
     assert {"precision", "zero", "activation_checkpointing"} <= set(plan.estimated)
     assert (plan.precision, plan.zero, plan.activation_checkpointing) == ("bf16", 0, "none")
+
+
+GIB = 1 << 30
+REPOSITORIES = {"path": "x", "format": "code", "group_by": "repository", "metadata": True}
+
+
+@pytest.mark.parametrize(
+    ("size", "partitions", "reason", "sections"),
+    [
+        (0, 1, None, {}),
+        (4 * GIB - 1, 1, None, {}),
+        (4 * GIB, 2, "4.0 GiB of files; training begins when the first", {}),
+        (100 * GIB, 50, "100.0 GiB", {}),
+        (10**18, 10_000, "GiB", {}),
+        (100 * GIB, 1, "but train.epochs", {"train": {"steps": None, "epochs": 2}}),
+        (100 * GIB, 1, "but group_by: repository", {"data": {"sources": [REPOSITORIES]}}),
+        (100 * GIB, 3, None, {"data": {"partitions": 3}}),
+    ],
+)
+def test_partitions_by_the_size_of_the_sources(
+    size: int, partitions: int, reason: str | None, sections: dict[str, dict[str, Any]]
+) -> None:
+    count, why = resolve_partitions(config(**sections), size)
+    assert count == partitions
+    assert (why is None) == (reason is None)
+    assert reason is None or reason in str(why)

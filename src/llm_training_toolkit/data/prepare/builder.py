@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import count
@@ -32,28 +32,31 @@ from llm_training_toolkit.data.prepare.dataset_info import (
 from llm_training_toolkit.data.prepare.dataset_tokenizer import DatasetTokenizer, StageProgressCallback
 from llm_training_toolkit.data.prepare.document_index import (
     DocumentIndex,
+    DocumentShard,
     build_document_index,
     list_all_sources,
     split_into_shards,
     verify_document_index,
 )
 from llm_training_toolkit.data.prepare.min_hash import SignatureRunner, sign_in_process
-from llm_training_toolkit.data.prepare.packing import PackingPlan, pack_in_windows
+from llm_training_toolkit.data.prepare.packing import PackingPlan, pack_in_windows, shuffle_partitions
 from llm_training_toolkit.data.prepare.shards import (
     RenderJob,
     ShardRunner,
+    build_progress_counter,
     build_source_infos,
     join_shards,
     read_rendering_stats,
     render_in_process,
+    select_shards,
 )
 from llm_training_toolkit.data.prepare.source_layouts import resolve_source_layouts
-from llm_training_toolkit.data.sources import fingerprint_sources
+from llm_training_toolkit.data.sources import fingerprint_sources, inspect_sources
 from llm_training_toolkit.data.tokenizer import (
     TokenizationSpec,
 )
 from llm_training_toolkit.errors import DataError, ToolkitError
-from llm_training_toolkit.plan import compute_integer_shares
+from llm_training_toolkit.plan import compute_integer_shares, resolve_partitions
 
 
 def prepare_dataset(
@@ -64,9 +67,9 @@ def prepare_dataset(
     progress: StageProgressCallback | None = None,
     runner: ShardRunner = render_in_process,
 ) -> PreparedDataset:
-    """Prepare the first epochs, or reuse them: `DatasetBuilder` for a single call."""
+    """Prepare the first epochs, a number for each stream, or reuse them: `DatasetBuilder` for a single call."""
     work = DatasetBuilder(config, markers, progress, runner)
-    return work.build_epochs(epochs or [1] * len(work.streams))
+    return work.build_parts([count * work.partitions for count in epochs or [1] * len(work.streams)])
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,12 @@ class SourceStream:
 
 
 class DatasetBuilder:
-    """Builds the data of one configuration; every part that exists on disk is reused.
+    """Builds the data of one configuration; everything that exists on disk is reused.
 
-    The files of the sources are listed once, at construction. progress(stage, done, total) is called as documents pass,
-    with total 0 while it is unknown. Raises DataError for any error in sources, documents or tokenizer.
+    An epoch has one part, or, with several partitions, one for each of them: part n of a stream belongs to epoch
+    n // partitions. The files of the sources are listed once, at construction. progress(stage, done, total) is called
+    as documents pass, with total 0 while it is unknown. Raises DataError for any error in sources, documents or
+    tokenizer.
     """
 
     def __init__(
@@ -101,8 +106,9 @@ class DatasetBuilder:
         self.cache = get_cache_directory(config)
         self.sources = list_all_sources(self.data)
         self.streams = _build_streams(self.data)
-        self._epochs: dict[tuple[str, int], EpochInfo] = {}
-        self.sources_fingerprint = fingerprint_sources(self.sources)
+        self._parts: dict[tuple[str, int], EpochInfo] = {}
+        self.sources_fingerprint, sizes = inspect_sources(self.sources)
+        self.partitions, self.partition_note = resolve_partitions(config, sum(sizes[: len(self.data.sources)]))
         self._tokenizer = DatasetTokenizer(config.tokenizer, self.data, self.sources, markers)
         self.tokenizer_key = self._tokenizer.compute_key(self.sources_fingerprint)
         self.fingerprint = compute_cache_key(
@@ -114,8 +120,8 @@ class DatasetBuilder:
         if self._progress is not None:
             self._progress(stage, done, total)
 
-    def build_epochs(self, epochs: Sequence[int]) -> PreparedDataset:
-        """Prepare the first epochs, a number for each stream, or reuse them."""
+    def build_parts(self, parts: Sequence[int]) -> PreparedDataset:
+        """Prepare the first parts, a number for each stream, or reuse them."""
         remove_stale_builds(self.cache)
         if not (self.directory / "documents").is_dir():
             self._tokenizer.check()
@@ -125,13 +131,10 @@ class DatasetBuilder:
             lambda path: self._tokenizer.build(path, self.document_index, self._report_progress),
         )
         held_out = self._render_documents(
-            "held_out", range(len(self.sources)), epoch=0, held=True, stage="held-out tokens"
+            "held_out", self._select_held_out_shards, epoch=0, held=True, stage="held-out tokens"
         )
         held_out_plan = self._build_held_out_plan(held_out)
-        prepared = [
-            [self._build_epoch(stream, epoch) for epoch in range(count)]
-            for stream, count in zip(self.streams, epochs, strict=True)
-        ]
+        prepared = [self._build_stream(stream, count) for stream, count in zip(self.streams, parts, strict=True)]
         dataset_info = self._build_dataset_info(tokenizer, prepared, held_out_plan)
         return PreparedDataset(dataset_info, tokenizer, self.directory)
 
@@ -140,12 +143,12 @@ class DatasetBuilder:
         """True if documents were rendered before, so that a DatasetInfo describes their tokenizer."""
         return (self.directory / "held_out").is_dir()
 
-    def count_prepared_epochs(self) -> list[int]:
-        """Count the epochs of each stream on disk, from the first one without a gap."""
-        return [next(epoch for epoch in count() if not self._is_epoch_prepared(each, epoch)) for each in self.streams]
+    def count_prepared_parts(self) -> list[int]:
+        """Count the parts of each stream on disk, from the first one without a gap."""
+        return [next(part for part in count() if not self._is_part_prepared(each, part)) for each in self.streams]
 
-    def _is_epoch_prepared(self, stream: SourceStream, epoch: int) -> bool:
-        return all((self.directory / name).is_dir() for name in self._get_epoch_directories(stream, epoch))
+    def _is_part_prepared(self, stream: SourceStream, part: int) -> bool:
+        return all((self.directory / name).is_dir() for name in self._get_part_directories(stream, part))
 
     def verify_documents(self) -> None:
         """Read all documents again and compare them with the index. Raises DataError for the first difference."""
@@ -169,6 +172,7 @@ class DatasetBuilder:
             data.max_skipped,
             data.eval.model_dump(mode="json"),
             build_cleaning_identity(data),
+            *([] if self.partitions == 1 else [self.partitions]),  # one partition: the key of data without this field
         ]
 
     @cached_property
@@ -193,52 +197,78 @@ class DatasetBuilder:
                 "prepare again."
             )
 
-    def _build_epoch(self, stream: SourceStream, epoch: int) -> EpochInfo:
-        """Build the tokens and the plan of an epoch; without FIM all epochs share their tokens."""
-        if (stream.name, epoch) in self._epochs:
-            return self._epochs[stream.name, epoch]
-        tokens, plan_name = self._get_epoch_directories(stream, epoch)
-        what = f" of {self.sources[stream.sources[0]].path}" if len(self.streams) > 1 else ""
-        stage = f"tokens of epoch {epoch}{what}" if stream.is_drawn else f"tokens{what}"
-        rendered = self._render_documents(tokens, stream.sources, epoch=epoch, held=False, stage=stage)
+    def _build_stream(self, stream: SourceStream, count: int) -> list[EpochInfo]:
+        """Build the first parts of a stream, and more until there is a sequence."""
+        parts = [self._build_part(stream, part) for part in range(count)]
+        while not any(part.sequences for part in parts):
+            if len(parts) >= self.partitions:
+                raise DataError(
+                    f"data.sources: no document{self._format_stream(stream)} is left to train on: each is held out, or "
+                    f"longer than data.sequence_length {self.data.sequence_length} and was dropped, or bears no loss. "
+                    "Set overlong: split, raise data.sequence_length, or give more documents."
+                )
+            parts.append(self._build_part(stream, len(parts)))
+        return parts
+
+    def _build_part(self, stream: SourceStream, part: int) -> EpochInfo:
+        """Build the tokens and the plan of a part; without FIM all epochs share their tokens."""
+        if (stream.name, part) in self._parts:
+            return self._parts[stream.name, part]
+        (tokens, plan_name), epoch = self._get_part_directories(stream, part), part // self.partitions
+        partition = self._get_partition(part)
+        stage = f"tokens of epoch {epoch}" if stream.is_drawn else "tokens"
+        if self.partitions > 1:
+            stage += f", part {part % self.partitions + 1} of {self.partitions}"
+        rendered = self._render_documents(
+            tokens,
+            lambda: select_shards(self.data, self.document_index, stream.sources, partition, self.partitions),
+            epoch=epoch,
+            held=False,
+            stage=stage + self._format_stream(stream),
+        )
         plan = build_atomic_dir(
             self.directory / plan_name,
-            lambda path: self._build_packing_plan(rendered, seed=self.seed, epoch=epoch).write(path),
+            lambda path: self._build_packing_plan(rendered, seed=self.seed, part=part).write(path),
         )
         packed = PackingPlan.read(plan)
-        if not len(packed):
-            raise DataError(
-                f"data.sources: no document{what} is left to train on: each is held out, or longer than "
-                f"data.sequence_length {self.data.sequence_length} and was dropped, or bears no loss. Set overlong: "
-                "split, raise data.sequence_length, or give more documents."
-            )
         lengths = ExampleStore(rendered).length
         times = np.bincount(packed.order, minlength=len(lengths))  # measured, to reveal lost tokens
         filled, lost = int((lengths * times).sum()), int(lengths[times == 0].sum())
-        self._epochs[stream.name, epoch] = EpochInfo(tokens, plan_name, len(packed), filled, lost)
-        return self._epochs[stream.name, epoch]
+        self._parts[stream.name, part] = EpochInfo(tokens, plan_name, len(packed), filled, lost)
+        return self._parts[stream.name, part]
 
-    def _get_epoch_directories(self, stream: SourceStream, epoch: int) -> tuple[str, str]:
-        """Return the directories of an epoch's tokens and of its plan."""
-        of_epoch = f"-seed{self.seed}-epoch{epoch}"
-        tokens = f"tokens{stream.name}{of_epoch}" if stream.is_drawn else f"tokens{stream.name}"
-        return tokens, f"plan{stream.name}{of_epoch}"
+    def _format_stream(self, stream: SourceStream) -> str:
+        return f" of {self.sources[stream.sources[0]].path}" if len(self.streams) > 1 else ""
 
-    def _render_documents(self, name: str, sources: Iterable[int], *, epoch: int, held: bool, stage: str) -> Path:
+    def _get_partition(self, part: int) -> int:
+        """Return the partition of a part: every epoch has an order of its own."""
+        epoch, position = divmod(part, self.partitions)
+        return shuffle_partitions(self.partitions, self.seed, epoch)[position]
+
+    def _get_part_directories(self, stream: SourceStream, part: int) -> tuple[str, str]:
+        """Return the directories of a part's tokens and of its plan."""
+        of_epoch = f"-seed{self.seed}-epoch{part // self.partitions}"
+        of_partition = "" if self.partitions == 1 else f"-partition{self._get_partition(part)}"
+        tokens = f"tokens{stream.name}{of_epoch if stream.is_drawn else ''}{of_partition}"
+        return tokens, f"plan{stream.name}{of_epoch}{of_partition}"
+
+    def _select_held_out_shards(self) -> list[DocumentShard]:
+        return split_into_shards(self.data, self.document_index, range(len(self.sources)), held=True)
+
+    def _render_documents(
+        self, name: str, select: Callable[[], list[DocumentShard]], *, epoch: int, held: bool, stage: str
+    ) -> Path:
         """Render shard by shard unless the rendering exists, and return its directory."""
         target, shards_dir = self.directory / name, self.directory / f".{name}.shards"
         if target.is_dir():
             shutil.rmtree(shards_dir, ignore_errors=True)  # left by a process killed before this line
             return target
-        chosen = split_into_shards(self.data, self.document_index, sources, held=held)
-        total = sum(
-            self.document_index.count_documents(held=held, source=source)
-            for source in {shard.source for shard in chosen}
-        )
+        chosen = select()
+        total = self.document_index.count_shard_documents(chosen, held=held)
         documents = self.directory / "documents"
         job = RenderJob(self.data, self.markers, self.seed, epoch, held, documents, self.tokenizer_path, shards_dir)
         try:
-            self.runner(job, chosen, _build_progress_counter(self._report_progress, stage, total))
+            self.runner(job, chosen, build_progress_counter(self._report_progress, stage, total))
             build_atomic_dir(target, lambda directory: join_shards(job, chosen, directory, len(self.sources)))
         except (OSError, ToolkitError):  # another process finished first and removed the shards
             if not target.is_dir():
@@ -247,13 +277,11 @@ class DatasetBuilder:
         self._report_progress(stage, total, total)
         return target
 
-    def _build_packing_plan(self, tokens: Path, *, seed: int, epoch: int) -> PackingPlan:
+    def _build_packing_plan(self, tokens: Path, *, seed: int, part: int) -> PackingPlan:
         examples = ExampleStore(tokens)
         self._report_progress("packing", 0, len(examples))
         length = self.data.sequence_length
-        plan = pack_in_windows(
-            examples.batch, examples.length, length, targets=examples.targets, seed=seed, epoch=epoch
-        )
+        plan = pack_in_windows(examples.batch, examples.length, length, targets=examples.targets, seed=seed, epoch=part)
         self._report_progress("packing", len(examples), len(examples))
         return plan
 
@@ -261,7 +289,7 @@ class DatasetBuilder:
         """Pack the held-out documents, and return the directory of the plan of those sequences that are evaluated."""
         whole = build_atomic_dir(
             self.directory / "plan-held_out",
-            lambda path: self._build_packing_plan(held_out, seed=0, epoch=0).write(path),
+            lambda path: self._build_packing_plan(held_out, seed=0, part=0).write(path),
         )
         plan, most = PackingPlan.read(whole), self.max_eval_sequences
         if len(plan) <= most:
@@ -285,7 +313,7 @@ class DatasetBuilder:
             sources=build_source_infos(
                 [redact_uri(source.path) for source in self.sources],
                 self.document_index,
-                [self.directory / of_stream[0].tokens for of_stream in prepared],
+                [[self.directory / part.tokens for part in of_stream[: self.partitions]] for of_stream in prepared],
                 self.directory / "held_out",
             ),
             streams=self._build_stream_infos(prepared),
@@ -300,9 +328,13 @@ class DatasetBuilder:
     def _build_stream_infos(self, prepared: list[list[EpochInfo]]) -> tuple[StreamInfo, ...]:
         """Turn weights, shares of tokens, into shares of sequences: a stream with more padding needs more of them."""
         weights = self.data.source_weights or (1.0,)
-        filled = [of_stream[0].filled / of_stream[0].sequences for of_stream in prepared]
-        shares = compute_integer_shares([weight / tokens for weight, tokens in zip(weights, filled, strict=True)])
-        return tuple(StreamInfo(share, tuple(each)) for share, each in zip(shares, prepared, strict=True))
+        first = [next(part for part in of_stream if part.sequences) for of_stream in prepared]
+        shares = compute_integer_shares(
+            [weight / (part.filled / part.sequences) for weight, part in zip(weights, first, strict=True)]
+        )
+        return tuple(
+            StreamInfo(share, tuple(each), self.partitions) for share, each in zip(shares, prepared, strict=True)
+        )
 
 
 def _build_streams(data: DataConfig) -> list[SourceStream]:
@@ -311,15 +343,3 @@ def _build_streams(data: DataConfig) -> list[SourceStream]:
     if not data.source_weights:
         return [SourceStream("", tuple(range(len(drawn))), any(drawn))]
     return [SourceStream(f"-source{number}", (number,), is_drawn) for number, is_drawn in enumerate(drawn)]
-
-
-def _build_progress_counter(progress: StageProgressCallback, stage: str, total: int) -> Callable[[int], None]:
-    """Build a callback that sums document counts, capped at `total`."""
-    seen = 0
-
-    def report_done(more: int) -> None:
-        nonlocal seen
-        seen += more
-        progress(stage, min(seen, total), total)
-
-    return report_done

@@ -40,7 +40,7 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class EpochInfo:
-    """Location of one epoch, relative to the directory of its DatasetInfo, and its size.
+    """Location of one epoch, or of one partition of it, relative to the directory of its DatasetInfo, and its size.
 
     filled: tokens in its sequences, without padding. lost: rendered tokens outside all sequences; 0.
     """
@@ -57,15 +57,23 @@ class StreamInfo:
     """A stream of sequences: all sources together, or one source if sources have weights.
 
     share: its part of the mixture, in sequences relative to the other streams; it makes the weights shares of tokens.
+    epochs: prepared epochs in training order; with several `partitions`, those of the first epoch, then of the second.
     """
 
     share: int
     epochs: tuple[EpochInfo, ...]
+    partitions: int = 1
+
+    @property
+    def sequences_per_part(self) -> tuple[int, ...]:
+        """Sequences of each prepared part: an epoch, or a partition of one."""
+        return tuple(epoch.sequences for epoch in self.epochs)
 
     @property
     def sequences_per_epoch(self) -> tuple[int, ...]:
-        """Sequences of each prepared epoch."""
-        return tuple(epoch.sequences for epoch in self.epochs)
+        """Sequences of each epoch, as far as it is prepared."""
+        parts, size = self.sequences_per_part, self.partitions
+        return tuple(sum(parts[first : first + size]) for first in range(0, len(parts), size))
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ class DatasetInfo:
             values: dict[str, Any] = json.loads(text)
             values["sources"] = tuple(SourceInfo(**source) for source in values["sources"])
             values["streams"] = tuple(
-                StreamInfo(stream["share"], tuple(EpochInfo(**epoch) for epoch in stream["epochs"]))
+                StreamInfo(**stream | {"epochs": tuple(EpochInfo(**epoch) for epoch in stream["epochs"])})
                 for stream in values["streams"]
             )
             return cls(**values)

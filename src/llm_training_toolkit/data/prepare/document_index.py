@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, pairwise
@@ -37,9 +37,20 @@ from llm_training_toolkit.errors import DataError
 
 _PROGRESS_EVERY = 256
 _CHARACTERS_PER_SHARD = 1 << 25  # about ten million tokens: half a minute of one core's work, and a file of 40 MB
+# Partitions then differ from each other by about an eighth at most, and a compressed file is read from its beginning at
+# most so often for each.
+BLOCKS_PER_PARTITION = 8
 _SCHEMA = pa.schema(
     [("source", pa.int32()), ("name", pa.large_string()), ("hash", pa.binary(16)), ("characters", pa.int64())]
 )
+
+
+class DocumentShard(NamedTuple):
+    """A unit of rendering work: the documents [first, stop) of a source."""
+
+    source: int
+    first: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -73,31 +84,43 @@ class DocumentIndex:
         rows = np.flatnonzero(self.sources == source)
         return range(int(rows[0]), int(rows[-1]) + 1) if len(rows) else range(0)
 
+    def get_source_characters(self, source: int) -> NDArray[np.int64]:
+        """Return the lengths of a source's documents."""
+        rows = self.get_source_rows(source)
+        return self.characters[rows.start : rows.stop]
+
     def count_documents(self, *, held: bool, source: int | None = None) -> int:
         """Count the held-out documents, or the others, of one source or all."""
         counted = self.held if held else ~self.held
         return int(np.count_nonzero(counted if source is None else counted & (self.sources == source)))
 
+    def count_shard_documents(self, shards: Sequence[DocumentShard], *, held: bool) -> int:
+        """Count the held-out documents of some shards, or the others."""
+        return int(self.sum_by_shard(self.held == held, shards).sum())
 
-class DocumentShard(NamedTuple):
-    """A unit of rendering work: the documents [first, stop) of a source."""
-
-    source: int
-    first: int
-    stop: int
+    def sum_by_shard(self, values: NDArray[Any], shards: Sequence[DocumentShard]) -> NDArray[np.int64]:
+        """Return the sum of `values` (documents,) over each shard."""
+        # The rows of a source are searched in the whole index: once per source, not once per shard.
+        starts = {source: self.get_source_rows(source).start for source in {shard.source for shard in shards}}
+        return np.array([values[starts[s] + first : starts[s] + stop].sum() for s, first, stop in shards], np.int64)
 
 
 def split_into_shards(
-    data: DataConfig, document_index: DocumentIndex, sources: Iterable[int], *, held: bool
+    data: DataConfig, document_index: DocumentIndex, sources: Sequence[int], *, held: bool, partitions: int = 1
 ) -> list[DocumentShard]:
     """Split the documents of some sources into shards; shards without any document on the side `held` are omitted.
 
-    A source of whole repositories is one shard: they are assembled from files all over the source.
+    Shards are smaller where each of the `partitions` would have fewer than `BLOCKS_PER_PARTITION`. A source of whole
+    repositories is one shard: they are assembled from files all over the source.
     """
     found: list[DocumentShard] = []
+    size = _CHARACTERS_PER_SHARD
+    if partitions > 1:
+        total = sum(int(document_index.get_source_characters(source).sum()) for source in sources)
+        size = min(size, total // (partitions * BLOCKS_PER_PARTITION) + 1)
     for source in sources:
         rows = document_index.get_source_rows(source)
-        filled = np.cumsum(document_index.characters[rows.start : rows.stop]) // _CHARACTERS_PER_SHARD
+        filled = np.cumsum(document_index.get_source_characters(source)) // size
         cuts = (
             (np.flatnonzero(np.diff(filled)) + 1).tolist() if list_all_sources(data)[source].group_by == "file" else []
         )

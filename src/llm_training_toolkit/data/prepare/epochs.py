@@ -16,7 +16,7 @@ from llm_training_toolkit.data.tokenizer import TokenizationSpec, open_tokenizer
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.plan import DataFacts, StreamFacts
 from llm_training_toolkit.plan.checks.horizon_check import find_vocabulary_problems
-from llm_training_toolkit.plan.horizon import count_missing_epochs
+from llm_training_toolkit.plan.horizon import count_missing_parts
 from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.runs.directory import RunDirectory
 
@@ -38,9 +38,9 @@ def read_latest_dataset_info(run: RunDirectory, known: DatasetInfo) -> DatasetIn
     state, why = read_preparation_state(run)  # read first: the DatasetInfo is written before the state becomes done
     dataset_info = DatasetInfo.from_json(run.dataset_info_path.read_text(encoding="utf-8"))
     if dataset_info == known and state == "failed":
-        raise DataError(f"later epochs could not be prepared: {why}")
+        raise DataError(f"later data could not be prepared: {why}")
     if dataset_info == known and state == "done":
-        raise DataError("more epochs are needed than were prepared: give the same command again, which prepares them")
+        raise DataError("more data is needed than was prepared: give the same command again, which prepares it")
     return dataset_info
 
 
@@ -59,17 +59,18 @@ def prepare_epochs(
 ) -> PreparedDataset:
     """Prepare the epochs that the run needs from `step`, with `sequences` seen, to its end.
 
-    With `until`, streams that are rendered anew every epoch (`is_drawn`) get only the epochs needed up to that step,
-    and those already on disk. A run over epochs always gets all: its schedule depends on their number of steps.
+    With `until`, streams that are rendered anew every epoch (`is_drawn`) or have several partitions get only the parts
+    needed up to that step, and those already on disk. A run over epochs always gets all: its schedule depends on their
+    number of steps.
     """
     _check_tokenizer_fits(work, config)
-    epochs = [config.train.epochs or 1] * len(work.streams)
-    prepared = _check_loss_tokens(work.build_epochs(epochs))
+    parts = [config.train.epochs * work.partitions if config.train.epochs else 1] * len(work.streams)
+    prepared = _check_loss_tokens(work.build_parts(parts))
     while any(
-        more := _count_missing_epochs(work, config, build_data_facts(prepared.dataset_info, step, sequences), until)
+        more := _count_missing_parts(work, config, build_data_facts(prepared.dataset_info, step, sequences), until)
     ):
-        epochs = [count + one for count, one in zip(epochs, more, strict=True)]
-        prepared = work.build_epochs(epochs)
+        parts = [len(stream.epochs) + one for stream, one in zip(prepared.dataset_info.streams, more, strict=True)]
+        prepared = work.build_parts(parts)
     return prepared
 
 
@@ -92,20 +93,22 @@ def _check_loss_tokens(prepared: PreparedDataset) -> PreparedDataset:
     return prepared
 
 
-def _count_missing_epochs(work: DatasetBuilder, config: Config, data_facts: DataFacts, until: int | None) -> list[int]:
-    """Count the epochs to add to each stream."""
-    at_the_end, now = count_missing_epochs(config, data_facts), count_missing_epochs(config, data_facts, until)
-    there = [len(stream.sequences_per_epoch) for stream in data_facts.streams]
-    found = [count - known for count, known in zip(work.count_prepared_epochs(), there, strict=True)]
+def _count_missing_parts(work: DatasetBuilder, config: Config, data_facts: DataFacts, until: int | None) -> list[int]:
+    """Count the parts to add to each stream."""
+    at_the_end, now = count_missing_parts(config, data_facts), count_missing_parts(config, data_facts, until)
+    there = [len(stream.sequences_per_part) for stream in data_facts.streams]
+    found = [count - known for count, known in zip(work.count_prepared_parts(), there, strict=True)]
     return [
-        max(needed, min(more, missing)) if stream.is_drawn else missing
+        max(needed, min(more, missing)) if stream.is_drawn or work.partitions > 1 else missing
         for stream, needed, more, missing in zip(work.streams, now, found, at_the_end, strict=True)
     ]
 
 
 def build_data_facts(dataset_info: DatasetInfo, step: int = 0, sequences: int = 0) -> DataFacts:
     """Build the plan's facts about the data and the run's progress in it."""
-    streams = tuple(StreamFacts(stream.sequences_per_epoch, stream.share) for stream in dataset_info.streams)
+    streams = tuple(
+        StreamFacts(stream.sequences_per_part, stream.share, stream.partitions) for stream in dataset_info.streams
+    )
     return DataFacts(streams, dataset_info.vocab_size, step, sequences)
 
 
@@ -114,6 +117,7 @@ def build_dataset_info_json(dataset_info: DatasetInfo) -> dict[str, Any]:
     return {
         "sources": [asdict(source) for source in dataset_info.sources],
         "sequences": dataset_info.total_sequences,
+        "partitions": dataset_info.streams[0].partitions,
         "padding": dataset_info.padding,
         "tokens_lost": dataset_info.tokens_lost,
         "eval_sequences": dataset_info.eval_sequences,
@@ -143,10 +147,12 @@ def format_dataset_info(dataset_info: DatasetInfo) -> list[str]:
         )
     if dataset_info.fault_report is not None:
         rows.append(f"skipped documents: {dataset_info.fault_report}")
-    epochs = " + ".join(f"{len(stream.epochs)}" for stream in dataset_info.streams)
+    streams = dataset_info.streams
+    parts, partitions = " + ".join(f"{len(stream.epochs)}" for stream in streams), streams[0].partitions
+    unit = "epoch" if partitions == 1 else "part"
     rows.append(
-        f"{dataset_info.total_sequences:,} sequences of {dataset_info.sequence_length:,} tokens in {epochs} "
-        f"{'epoch' if epochs == '1' else 'epochs'}, "
+        f"{dataset_info.total_sequences:,} sequences of {dataset_info.sequence_length:,} tokens in {parts} "
+        f"{unit if parts == '1' else f'{unit}s'}{'' if partitions == 1 else f' ({partitions} in an epoch)'}, "
         f"{dataset_info.padding:.2%} padding, {dataset_info.tokens_lost} tokens lost"
     )
     return rows

@@ -227,6 +227,12 @@ def _assemble_plan(
     return PackingPlan(order, offsets, np.diff(sums[offsets]))
 
 
+def shuffle_partitions(partitions: int, seed: int, epoch: int) -> list[int]:
+    """Return the partitions of an epoch in training order."""
+    order: list[int] = np.argsort(_draw_random_uint64(partitions, seed, epoch, "partitions"), kind="stable").tolist()
+    return order
+
+
 def _draw_random_uint64(count: int, seed: int, epoch: int, purpose: str) -> NDArray[np.uint64]:
     """Return raw output of a counter-based generator: unlike numpy's shuffle, it is the same in all numpy versions."""
     key = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=16, person=b"ltt-packing").digest()

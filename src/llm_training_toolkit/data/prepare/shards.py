@@ -6,6 +6,7 @@ them over a cluster's CPUs, because a RenderJob holds plain values and its input
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,15 +15,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llm_training_toolkit.config.data_config import DataConfig
 from llm_training_toolkit.data.prepare.arrow_store import ExampleStore, SourceExample, join_examples, write_examples
 from llm_training_toolkit.data.prepare.atomic_dir import build_atomic_dir
 from llm_training_toolkit.data.prepare.dataset_info import SourceInfo
+from llm_training_toolkit.data.prepare.dataset_tokenizer import StageProgressCallback
 from llm_training_toolkit.data.prepare.document_index import (
+    BLOCKS_PER_PARTITION,
     DocumentIndex,
     DocumentReader,
     DocumentShard,
     list_all_sources,
+    split_into_shards,
 )
 from llm_training_toolkit.data.prepare.renderer import DocumentRenderer
 from llm_training_toolkit.data.sources import Document
@@ -33,6 +40,18 @@ _DOCUMENTS_PER_BATCH = 256
 _CHARACTERS_PER_BATCH = 8 << 20
 
 DoneCallback = Callable[[int], None]  # called with the number of documents rendered since the last call
+
+
+def build_progress_counter(progress: StageProgressCallback, stage: str, total: int) -> DoneCallback:
+    """Build a callback that sums document counts, capped at `total`."""
+    seen = 0
+
+    def report_done(more: int) -> None:
+        nonlocal seen
+        seen += more
+        progress(stage, min(seen, total), total)
+
+    return report_done
 
 
 @dataclass(frozen=True)
@@ -82,6 +101,66 @@ class LengthStats:
         self.too_long += other.too_long
         self.left_out += other.left_out
         self.no_loss += other.no_loss
+
+
+class _ShardBlock(NamedTuple):
+    """Consecutive shards of a source, dealt together; `characters` of their training documents."""
+
+    shards: tuple[DocumentShard, ...]
+    characters: int
+
+
+def select_shards(
+    data: DataConfig, document_index: DocumentIndex, sources: Sequence[int], partition: int, partitions: int
+) -> list[DocumentShard]:
+    """Return the shards of one partition of the training documents, in their order.
+
+    Blocks of shards are dealt, not documents: a partition is read in large pieces, and most of its shards begin where
+    the one before ended. A hash of the documents would have every partition read all files.
+    """
+    shards = split_into_shards(data, document_index, sources, held=False, partitions=partitions)
+    if partitions == 1 or not shards:
+        return shards
+    sizes = document_index.sum_by_shard(np.where(document_index.held, 0, document_index.characters), shards)
+    blocks = _order_blocks(_group_shards(shards, sizes.tolist(), sizes.sum() / (partitions * BLOCKS_PER_PARTITION)))
+    characters = np.array([block.characters for block in blocks])
+    middles = np.cumsum(characters) - characters / 2
+    numbers = np.flatnonzero((middles * partitions // characters.sum()).astype(np.int64) == partition)
+    chosen = {shard for number in numbers for shard in blocks[number].shards}
+    return [shard for shard in shards if shard in chosen]
+
+
+def _group_shards(shards: Sequence[DocumentShard], sizes: Sequence[int], limit: float) -> list[_ShardBlock]:
+    """Group consecutive shards of a source into blocks of at most `limit` characters, or one shard."""
+    blocks: list[_ShardBlock] = []
+    for shard, size in zip(shards, sizes, strict=True):
+        last = blocks[-1] if blocks else None
+        if last is not None and last.shards[0].source == shard.source and last.characters + size <= limit:
+            blocks[-1] = _ShardBlock((*last.shards, shard), last.characters + size)
+        else:
+            blocks.append(_ShardBlock((shard,), size))
+    return blocks
+
+
+def _order_blocks(blocks: Sequence[_ShardBlock]) -> list[_ShardBlock]:
+    """Order blocks so that any stretch of them has the share of each source, whose own blocks follow a hash."""
+    by_source: dict[int, list[_ShardBlock]] = {}
+    for block in blocks:
+        by_source.setdefault(block.shards[0].source, []).append(block)
+    placed: list[tuple[float, _ShardBlock]] = []
+    for source, own in by_source.items():
+        own.sort(key=lambda block: _hash_fraction(f"{block.shards[0].source}/{block.shards[0].first}"))
+        total, before = sum(block.characters for block in own), 0
+        begin = _hash_fraction(f"{source}")  # or small sources would all be in the middle
+        for block in own:
+            placed.append(((begin + (before + block.characters / 2) / total) % 1.0, block))
+            before += block.characters
+    return [block for _, block in sorted(placed)]
+
+
+def _hash_fraction(text: str) -> float:
+    """Return a number from 0 to 1."""
+    return float(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")) / float(1 << 48)
 
 
 ShardRunner = Callable[[RenderJob, Sequence[DocumentShard], DoneCallback], None]  # renders missing shards of a job
@@ -186,35 +265,40 @@ def _batch_documents(numbered: Iterable[tuple[int, Document]]) -> Iterator[list[
         yield batch
 
 
-class _RenderedDataset(NamedTuple):
-    examples: ExampleStore
-    stats: RenderingStats
+@dataclass(frozen=True)
+class _RenderedCounts:
+    """Sums over renderings, one entry for each source: tokens, tokens with loss, and lengths."""
+
+    tokens: NDArray[np.int64]
+    loss_tokens: NDArray[np.int64]
+    lengths: list[LengthStats]
 
     @classmethod
-    def open_directory(cls, directory: Path) -> _RenderedDataset:
-        return cls(ExampleStore(directory), read_rendering_stats(directory))
-
-    def count_tokens(self, source: int) -> int:
-        return int(self.examples.length[self.examples.source == source].sum())
+    def read(cls, directories: Sequence[Path], sources: int) -> _RenderedCounts:
+        tokens, loss_tokens = np.zeros(sources, np.int64), np.zeros(sources, np.int64)
+        lengths = [LengthStats() for _ in range(sources)]
+        for directory in directories:
+            examples = ExampleStore(directory)
+            np.add.at(tokens, examples.source, examples.length)
+            np.add.at(loss_tokens, examples.source, examples.targets)
+            for total, more in zip(lengths, read_rendering_stats(directory).lengths, strict=True):
+                total.merge_stats(more)
+        return cls(tokens, loss_tokens, lengths)
 
     def count_dropped(self, source: int) -> int:
-        return sum(self.stats.lengths[source].dropped.values())
-
-    def count_loss_tokens(self, source: int) -> int:
-        return int(self.examples.targets[self.examples.source == source].sum())
+        return sum(self.lengths[source].dropped.values())
 
 
 def build_source_infos(
-    paths: Sequence[str], document_index: DocumentIndex, first: Sequence[Path], held_out: Path
+    paths: Sequence[str], document_index: DocumentIndex, first: Sequence[Sequence[Path]], held_out: Path
 ) -> tuple[SourceInfo, ...]:
     """Build all SourceInfos from the renderings of each stream's first epoch and of the held-out documents.
 
-    first: one directory, or, if sources have weights, one per training source, in their order.
+    first: the prepared partitions of one stream, or, if sources have weights, of one per training source, in their
+    order.
     """
-    held, streams = (
-        _RenderedDataset.open_directory(held_out),
-        [_RenderedDataset.open_directory(directory) for directory in first],
-    )
+    held = _RenderedCounts.read([held_out], len(paths))
+    streams = [_RenderedCounts.read(directories, len(paths)) for directories in first]
     return tuple(
         _build_source_info(path, index, document_index, streams[index if index < len(streams) else 0], held)
         for index, path in enumerate(paths)
@@ -222,23 +306,23 @@ def build_source_infos(
 
 
 def _build_source_info(
-    path: str, index: int, document_index: DocumentIndex, trained: _RenderedDataset, held: _RenderedDataset
+    path: str, index: int, document_index: DocumentIndex, trained: _RenderedCounts, held: _RenderedCounts
 ) -> SourceInfo:
     lengths = LengthStats()
     for side in (trained, held):
-        lengths.merge_stats(side.stats.lengths[index])
+        lengths.merge_stats(side.lengths[index])
     held_out = document_index.count_documents(held=True, source=index) - held.count_dropped(index)
     kept = document_index.count_documents(held=False, source=index) - trained.count_dropped(index)
-    tokens = trained.count_tokens(index)
+    tokens = int(trained.tokens[index])
     return SourceInfo(
         path=path,
         documents=kept + held_out,
         held_out=held_out,
         dropped=document_index.dropped[index] | lengths.dropped,
         tokens=tokens,
-        loss_tokens=trained.count_loss_tokens(index),
+        loss_tokens=int(trained.loss_tokens[index]),
         longest=lengths.longest,
         longest_document=lengths.name,
-        truncated=lengths.left_out / max(tokens + held.count_tokens(index) + lengths.left_out, 1),
+        truncated=lengths.left_out / max(tokens + int(held.tokens[index]) + lengths.left_out, 1),
         cut=document_index.cut[index],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from llm_training_toolkit.config.source_config import SourceConfig
 from llm_training_toolkit.config.uri import is_uri, redact_uri
@@ -54,19 +55,38 @@ def list_source_files(source: SourceConfig) -> list[SourceFile]:
     return found
 
 
-def fingerprint_sources(sources: Iterable[SourceConfig]) -> str:
-    """Return a hex sha256 over relative name, size, modification time and repository of every file, without reading it.
+class SourceListing(NamedTuple):
+    """Files of all sources: a hex sha256 of their list, and the bytes of each source as they are stored."""
 
-    A store without modification times contributes its version tag instead. Raises DataError for a path without files.
+    fingerprint: str
+    sizes: tuple[int, ...]
+
+
+def inspect_sources(sources: Iterable[SourceConfig]) -> SourceListing:
+    """List the files of the sources without reading them.
+
+    The fingerprint covers relative name, size, modification time and repository of every file. A store without
+    modification times contributes its version tag instead, and one without sizes 0 bytes. Raises DataError for a path
+    without files.
     """
-    digest = hashlib.sha256()
+    digest, sizes = hashlib.sha256(), []
     for source in sources:
         digest.update(b"\0source")
+        total = 0
         for file in list_source_files(source):
             # Adding or removing a checkout changes the repository of code files, but not the files.
             repository = file.repository if source.format in {"code", "notebooks"} else ""
-            digest.update(f"\0{file.name}\0{_read_version_stamp(file)}\0{repository}".encode())
-    return digest.hexdigest()
+            stamp = _read_version_stamp(file)
+            digest.update(f"\0{file.name}\0{stamp}\0{repository}".encode())
+            size, *marks = stamp.split("\0")
+            total += int(size) if marks and size.isdecimal() else 0
+        sizes.append(total)
+    return SourceListing(digest.hexdigest(), tuple(sizes))
+
+
+def fingerprint_sources(sources: Iterable[SourceConfig]) -> str:
+    """Return the fingerprint of `inspect_sources` alone."""
+    return inspect_sources(sources).fingerprint
 
 
 def _read_version_stamp(file: SourceFile) -> str:

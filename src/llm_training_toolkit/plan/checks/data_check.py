@@ -39,6 +39,7 @@ def find_data_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterato
         )
         yield Problem("sequence-too-long", "data.sequence_length", what, f"Use at most {positions}{more}")
     yield from find_git_problems(config.data)
+    yield from _find_partition_problems(config)
     if config.data.near_duplicates is not None and importlib.util.find_spec("rensa") is None:
         what = "near-duplicates need the library rensa, which is not installed here"
         yield Problem("near-duplicates-without-rensa", "data.near_duplicates", what, "pip install rensa==0.5.0")
@@ -46,6 +47,20 @@ def find_data_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterato
         yield from _find_source_problems(f"data.sources[{index}]", source, family)
     for index, source in enumerate(config.data.eval.sources):
         yield from _find_source_problems(f"data.eval.sources[{index}]", source, family)
+
+
+def _find_partition_problems(config: Config) -> Iterator[Problem]:
+    """Find partitions that would delay the start like a single one, or that cannot be dealt."""
+    partitions, where = config.data.partitions, "data.partitions"
+    if partitions in {"auto", 1}:
+        return
+    if config.train.epochs is not None:
+        what = f"{partitions} partitions with train.epochs, whose number of steps needs every one of them first"
+        yield Problem("partitions-with-epochs", where, what, "Give train.steps or train.tokens, or set it to 1")
+    for index, source in enumerate(config.data.sources):
+        if source.group_by == "repository":
+            what = f"{partitions} partitions, and data.sources[{index}] assembles its repositories as a whole"
+            yield Problem("partitions-of-repositories", where, what, "Set it to 1, or group_by: file")
 
 
 def _find_source_problems(where: str, source: SourceConfig, family: Family) -> Iterator[Problem]:

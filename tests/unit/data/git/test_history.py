@@ -193,7 +193,7 @@ def test_order_is_the_same_again_and_a_shard_begins_anywhere(history: History, t
     assert names == [document.name for document in read(history)]
     config = build_config(history, tmp_path, "starcoderbase-1b", layout="commits")
     builder = build(config, "starcoderbase-1b")
-    builder.build_epochs([1])
+    builder.build_parts([1])
     index = DocumentIndex.read(builder.directory / "documents")
     for start in (0, 17):
         found = DocumentReader(builder.data, index).read_documents(DocumentShard(0, start, start + 5), held=False)

@@ -145,7 +145,7 @@ def test_near_duplicates_of_held_out_documents_are_not_trained_on(
         near_duplicates={"threshold": 0.8},
     )
     builder = DatasetBuilder(config, markers, None, render_in_process)
-    builder.build_epochs([1])
+    builder.build_parts([1])
     builder.verify_documents()
     index = DocumentIndex.read(builder.directory / "documents")
     assert index.dropped == [{"near_duplicate": 3}, {}]

@@ -146,6 +146,26 @@ def test_near_duplicates_need_their_library(
     assert ("near-duplicates-without-rensa" in found) == (not is_installed)
 
 
+@pytest.mark.parametrize(
+    ("changes", "codes"),
+    [
+        ({"train": {"steps": 9}}, []),
+        ({"train": {"steps": None, "epochs": 2}}, ["partitions-with-epochs"]),
+        ({"data": {"partitions": 1}, "train": {"steps": None, "epochs": 2}}, []),
+        (
+            {"data": {"sources": [{"path": "x", "format": "code", "group_by": "repository", "metadata": True}]}},
+            ["partitions-of-repositories"],
+        ),
+    ],
+)
+def test_partitions_that_cannot_be_dealt_or_would_not_help(
+    tmp_path: Path, changes: dict[str, dict[str, Any]], codes: list[str]
+) -> None:
+    sections = {**changes, "data": {"partitions": 4, **changes.get("data", {})}}
+    found = make_plan(tiny_config(tmp_path, tmp_path, **sections)).problems
+    assert [problem.code for problem in found if problem.where == "data.partitions"] == codes
+
+
 def test_held_out_sources_are_checked_too() -> None:
     assert problems("qwen2-0.5b", {"metadata": True}, held_out=True) == ["data.eval.sources[0].metadata"]
 
