@@ -63,13 +63,14 @@ class Engine:
         """Shape of each trainable parameter."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._max_grad_norm = optim.max_grad_norm
+        sent = torch.bfloat16 if deepspeed_config["communication_data_type"] == "bf16" else torch.float32
         self._master_weights: MasterWeights | ShardedMasterWeights | None = None
         if self.stage == 1:
-            self._master_weights = ShardedMasterWeights(trained, device, offload=offload != "none")
+            self._master_weights = ShardedMasterWeights(trained, device, offload=offload != "none", sent=sent)
         if self.stage <= 1:
             module.to(device)  # DeepSpeed would move it only after the fp32 copies are made
         if self.stage == 0:
-            self._master_weights = MasterWeights(trained)
+            self._master_weights = MasterWeights(trained, sent=sent)
         self.optimizer = _build_adamw(module, self._names, optim, device, self._master_weights)
         deepspeed.init_distributed(dist_init_required=False)  # reuses the existing process group
         self.deepspeed, self._zero_optimizer, _, _ = deepspeed.initialize(

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from llm_training_toolkit.engine.allocation import allocate_zeros
 from llm_training_toolkit.engine.gradient_buffer import GradientBuffer, MasterPiece, set_clip_scale
+from llm_training_toolkit.engine.gradient_exchange import all_reduce_gradients
 from llm_training_toolkit.plan.memory.memory_estimate import REDUCTION_CHUNK_SIZE
 
 
 class MasterWeights:
     """fp32 master weights and gradients of a model's trainable parameters."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], *, sent: torch.dtype = torch.float32) -> None:
+        """Copy the parameters; their gradients pass between ranks in the type `sent`."""
+        self._sent = sent
         device = parameters[0].device if parameters else torch.device("cpu")
         if device.type == "cpu":
             _flatten_parameters(parameters, device)
@@ -58,10 +61,10 @@ class MasterWeights:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return
         if self._low:
-            dist.all_reduce(self._flat)
+            all_reduce_gradients(self._flat, self._sent)
         for piece in _iter_buckets(own_gradients):
             flat = torch.cat([own.grad.flatten() for own in piece])  # type: ignore[union-attr] # set above
-            dist.all_reduce(flat)
+            all_reduce_gradients(flat, self._sent)
             for own, gradient in zip(piece, _unflatten_like(flat, piece), strict=True):
                 own.grad = gradient
 
