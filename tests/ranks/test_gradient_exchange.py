@@ -37,3 +37,19 @@ def test_losses_of_a_run_change_little(pools: Pools, fresh_run: Callable[[str], 
     differences = [abs(each - other) for each, other in zip(losses["fp32"], losses["bf16"], strict=True)]
     assert differences[0] == 0
     assert 0 < max(differences) < 1e-2
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_losses_stay_bit_for_bit_with_the_exchange_beside_the_backward_pass(
+    pools: Pools, fresh_run: Callable[[str], RunDirectory], zero: int
+) -> None:
+    """Buckets of some parameters each; a CPU has no streams, so that this shows their order and not their timing."""
+    losses = []
+    for overlaps in (False, True):
+        run = fresh_run(f"overlap_{overlaps}")
+        block = {"overlap_comm": overlaps, "reduce_bucket_size": 20_000}
+        changes = {"engine": {"zero_stage": zero, "deepspeed": {"zero_optimization": block}}}
+        pools(2).run(rank_tasks.train_run, run=str(run.path), changes=changes)
+        losses.append(read_losses(run))
+    assert len(losses[0]) == 9
+    assert losses[0] == losses[1]

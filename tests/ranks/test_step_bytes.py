@@ -84,6 +84,14 @@ def test_ranks_send_and_hold_what_the_plan_counts(
     assert [each[2] for each in found] == pytest.approx([held] * workers, rel=0.05)
 
 
+def test_the_exchange_beside_the_backward_pass_takes_a_second_bucket(
+    pools: Callable[[int], RankPool], prepared_run: RunDirectory
+) -> None:
+    plan, found = count_step(pools, prepared_run, 2, 2, {"overlap_comm": True})
+    held = 1e9 * sum(plan.memory_gb_per_device.values())
+    assert [each[2] for each in found] == pytest.approx([held] * 2, rel=0.02)
+
+
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_gradients_in_bf16_are_half_the_bytes(
     pools: Callable[[int], RankPool], prepared_run: RunDirectory, zero: int

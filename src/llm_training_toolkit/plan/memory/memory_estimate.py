@@ -74,6 +74,8 @@ class DeviceWorkload:
     """DeepSpeed's reduce_bucket_size, in elements."""
     gradient_width: int = 4
     """Bytes of a gradient on its way to the other workers (`engine.communication_data_type`)."""
+    overlaps_gradients: bool = False
+    """DeepSpeed's `overlap_comm`: stage 2 fills a second bucket while the first is reduced."""
     max_live: int = _MAX_LIVE
     """DeepSpeed's stage3_max_live_parameters."""
     offload: Offload = "none"
@@ -159,7 +161,8 @@ def _iter_moments(load: DeviceWorkload) -> Iterator[tuple[int, int, int, int]]:
     The gradients are those beside what stands between micro-batches. When the first bucket of gradients is full, the
     activations and gathered weights of its layers are gone.
     """
-    buffer = load.bytes_per_value * load.bucket_elements if load.zero in {2, 3} else 0
+    buffers = {2: 1 + load.overlaps_gradients, 3: 1}.get(load.zero, 0)
+    buffer = buffers * load.bytes_per_value * load.bucket_elements
     last = (
         load.gradient_width * load.bucket_elements if load.zero == 3 else 0
     )  # the bucket reduced last is kept until the next
@@ -257,7 +260,7 @@ def _estimate_reduction_bytes(load: DeviceWorkload) -> int:
         return rounded + load.compute_partition_size(rounded, spread=True)
     copied = 0 if load.gradient_width == load.bytes_per_value else load.gradient_width
     if load.zero == 2:
-        return (2 * load.bytes_per_value + copied) * bucket
+        return ((2 + load.overlaps_gradients) * load.bytes_per_value + copied) * bucket
     partitions = 0 if load.gradient_width == 4 else 4 * load.compute_partition_size(bucket, spread=True)
     return (load.bytes_per_value + copied + load.gradient_width) * bucket + partitions
 
@@ -300,12 +303,13 @@ def estimate_logit_bytes(load: DeviceWorkload) -> int:
     return inputs + max(logits, head + logits // 4)
 
 
-def read_deepspeed_limits(deepspeed: Mapping[str, Any]) -> dict[str, int]:
+def read_deepspeed_limits(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
     """Return the DeepSpeed settings that memory depends on, by their names in `DeviceWorkload`."""
     zero = deepspeed["zero_optimization"]
     return {
         "bucket": _int_or_default(zero.get("reduce_bucket_size"), DeviceWorkload.bucket),
         "gradient_width": 2 if deepspeed["communication_data_type"] == "bf16" else 4,
+        "overlaps_gradients": bool(zero.get("overlap_comm")),
         "max_live": _int_or_default(zero.get("stage3_max_live_parameters"), DeviceWorkload.max_live),
         "second_partition": _int_or_default(zero.get("zero_hpz_partition_size"), DeviceWorkload.second_partition),
     }
