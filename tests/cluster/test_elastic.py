@@ -35,9 +35,9 @@ HEALTH_CHECKS = {"health_check_period_ms": 1000}
 
 
 class Nodes:
-    """A Ray cluster whose head has no CPU, with worker nodes of one CPU each by their address."""
+    """A Ray cluster whose head has no CPU, with worker nodes of `cpus` each by their address."""
 
-    def __init__(self, scripts: Mapping[str, str], *addresses: str) -> None:
+    def __init__(self, scripts: Mapping[str, str], *addresses: str, cpus: int = 1) -> None:
         from ray.cluster_utils import Cluster
 
         self._scripts = scripts
@@ -45,7 +45,7 @@ class Nodes:
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: dict[str, Any] = {}
         for address in addresses:
-            self.add(address)
+            self.add(address, cpus)
 
     def add(self, address: str, cpus: int = 1) -> None:
         self._nodes[address] = self.cluster.add_node(num_cpus=cpus, node_ip_address=address, **self._scripts)
@@ -122,16 +122,49 @@ def test_a_run_shrinks_and_grows_with_its_cluster_and_comes_out_the_same(
     assert "more than 1 workers fit now: draining after the next checkpoint" in out
     assert left["step"] % EVERY == 0
 
+    assert_undisturbed(run, launch_config("undisturbed-elastic", **SECTIONS, cluster={"workers": 0}), ray_environment)
+    assert run.get_checkpoint_dir(grown["step"], 4).is_dir()
+
+
+def assert_undisturbed(run: RunDirectory, alone: Path, environment: Environment) -> None:
+    """The run's steps are those of one process that nothing disturbs: no sequence lost or doubled."""
     found = list(read_training_rows(run).values())
-    alone = launch_config("undisturbed-elastic", **SECTIONS, cluster={"workers": 0})
-    done = fork_server.run(command(alone, f"train.steps={len(found)}"), env=ray_environment, capture_output=True)
+    done = fork_server.run(command(alone, f"train.steps={len(found)}"), env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr
     wanted = list(read_training_rows(run_of(alone)).values())
     assert [row["step"] for row in found] == list(range(1, len(found) + 1))
-    assert run.get_checkpoint_dir(len(found), 4).is_dir()
     assert [row["train/tokens"] for row in found] == [row["train/tokens"] for row in wanted]
     apart = [abs(mine["train/loss"] / other["train/loss"] - 1) for mine, other in zip(found, wanted, strict=True)]
     assert max(apart) < 1e-5
+
+
+def test_a_node_lost_and_back_leaves_whole_tensor_parallel_replicas(
+    worker_scripts: Mapping[str, str], launch_config: Callable[..., Path], ray_environment: Environment
+) -> None:
+    sections = SECTIONS | {"checkpoint": {"interval": 10, "keep_latest": 2}}
+    config = launch_config("cut", **sections, cluster={"workers": [2, 6]}, engine={"tensor_parallel": 2})
+    run = run_of(config)
+    nodes = Nodes(worker_scripts, "127.0.1.1", "127.0.1.2", cpus=2)
+    nodes.add("127.0.1.3", cpus=1)  # a fifth worker that makes no replica
+    environment = {**ray_environment, "RAY_ADDRESS": nodes.cluster.address}
+    try:
+        with fork_server.popen(command(config), env=environment, stdout=subprocess.PIPE) as process:
+            wait_for_step(run, 15, process)
+            nodes.lose("127.0.1.2")
+            works(run, 2, process)
+            nodes.add("127.0.1.4", cpus=2)
+            works(run, 3, process)
+            process.terminate()
+            out, _ = process.communicate(timeout=900)
+    finally:
+        nodes.cluster.shutdown()
+    assert process.returncode == 75, out
+    assert [(each["workers"], each["state"]) for each in attempts(run)] == [
+        (4, "failed"),
+        (2, "drained"),
+        (4, "stopped"),
+    ]
+    assert_undisturbed(run, launch_config("alone", **sections, cluster={"workers": 0}), ray_environment)
 
 
 def test_a_rank_that_hangs_is_named_and_a_step_that_fails_twice_ends_the_run(

@@ -18,8 +18,8 @@ import fork_server
 import rank_tasks
 from launching import Environment, command, run_of, wait_for_step
 from llm_training_toolkit.checkpoint import find_latest_checkpoint
-from llm_training_toolkit.runs.attempts import find_last_attempt, read_attempt_record
-from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.attempts import begin_attempt, find_last_attempt, read_attempt_record
+from llm_training_toolkit.runs.directory import RunDirectory, lock_run_directory
 from run_results import read_losses
 
 Start = Callable[[list[str]], subprocess.Popen[str]]
@@ -187,6 +187,27 @@ def kill_rank_0(config: Path, step: int, process: subprocess.Popen[str]) -> None
     run = run_of(config)
     wait_for_step(run, step, process)
     os.kill(read_attempt_record(run, find_last_attempt(run))["pid"], signal.SIGKILL)
+
+
+def test_a_command_whose_run_was_begun_anew_leaves_it_alone(
+    launch_config: Callable[..., Path], ray_environment: Environment
+) -> None:
+    config = launch_config("anew", **SECTIONS | {"train": SECTIONS["train"] | {"steps": 5_000}})
+    run = run_of(config)
+    with fork_server.popen(
+        command(config), env=ray_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        wait_for_step(run, 2, process)
+        rank_0 = read_attempt_record(run, 1)["pid"]
+        run.path.rename(run.path.with_name("removed"))
+        with lock_run_directory(run):
+            assert begin_attempt(run, {"workers": 1}) == 1
+            os.kill(rank_0, signal.SIGKILL)
+            _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "another command has taken over this run" in err
+    assert find_last_attempt(run) == 1
+    assert read_attempt_record(run, 1)["state"] == "running"
 
 
 def test_an_error_of_ours_ends_the_run_at_once_with_its_words(

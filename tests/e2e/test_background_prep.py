@@ -83,6 +83,28 @@ def test_documents_that_change_while_the_run_trains_stop_it_in_words(
     assert 0 < len(list_losses(run_of(config))) < 5000
 
 
+def test_nothing_is_prepared_for_a_run_that_was_begun_anew(launch_config: Callable[..., Path], tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "code", documents=40)
+    config = launch_config("anew", **sections(corpus, tmp_path / "cache", 5000))
+    run = run_of(config)
+    with fork_server.popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for_step(run, 1, process)
+        process.send_signal(signal.SIGSTOP)
+        ahead = preparing(process)
+        ahead.suspend()
+        known = json.loads(run.dataset_info_path.read_text())
+        run.path.rename(run.path.with_name("removed"))
+        run.dataset_info_path.parent.mkdir(parents=True)
+        anew = json.dumps(known | {"fingerprint": "of other documents"})
+        run.dataset_info_path.write_text(anew)
+        ahead.resume()
+        while ahead.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.1)
+        process.kill()
+    assert run.dataset_info_path.read_text() == anew
+    assert not run.preparation_state_path.exists()
+
+
 def test_a_stop_while_waiting_leaves_a_checkpoint(launch_config: Callable[..., Path], tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "code", documents=40)
     config = launch_config("waiting", **sections(corpus, tmp_path / "cache", 5000))

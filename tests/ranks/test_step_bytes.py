@@ -13,7 +13,11 @@ import step_bytes
 from llm_training_toolkit import families
 from llm_training_toolkit.config import parse_config
 from llm_training_toolkit.plan import Plan, make_plan
-from llm_training_toolkit.plan.forecast.communication import count_exchanged_bytes, count_token_bytes
+from llm_training_toolkit.plan.forecast.communication import (
+    count_exchanged_bytes,
+    count_summed_bytes,
+    count_token_bytes,
+)
 from llm_training_toolkit.plan.forecast.step_time import build_exchange_workload
 from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 from llm_training_toolkit.runs.directory import RunDirectory
@@ -44,8 +48,10 @@ def count_step(
     zero: int,
     zero_block: dict[str, int],
     sequence_parallel: int = 1,
+    tensor_parallel: int = 1,
     nodes: int = 1,
     sent: str = "fp32",
+    precision: str = "bf16",
     **model: Any,
 ) -> tuple[Plan, list[tuple[int, int, int]]]:
     """The plan, and the bytes that each rank sends to all, sends within its node, and holds."""
@@ -53,14 +59,15 @@ def count_step(
     changes: dict[str, Any] = {
         "model": MODEL | model,
         "train": {
-            "precision": "bf16",
-            "global_batch_size": rows * PASSES * workers // sequence_parallel,
+            "precision": precision,
+            "global_batch_size": rows * PASSES * workers // (sequence_parallel * tensor_parallel),
             "micro_batch_size": rows,
         },
         "engine": {
             "zero_stage": zero,
             "sequence_parallel": sequence_parallel,
             "communication_data_type": sent,
+            "tensor_parallel": tensor_parallel,
             "zero_hpz_partition_size": 1 if nodes == 1 else workers // nodes,
             "deepspeed": {"zero_optimization": zero_block} if zero_block else {},
         },
@@ -132,6 +139,28 @@ def test_ranks_that_share_rows_send_their_tokens(
     dims = families.read_model_dims(plan.hf_config)
     sent += count_token_bytes(dims, 2, plan.micro_batch * plan.sequence_length // 2, PASSES, checkpointing)
     assert [each[0] for each in found] == pytest.approx([sent] * 2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("workers", "zero", "checkpointing"), [(2, 0, "none"), (4, 1, "none"), (2, 0, "full"), (2, 0, "selective")]
+)
+def test_ranks_that_share_matrices_send_their_outputs(
+    pools: Callable[[int], RankPool],
+    prepared_run: RunDirectory,
+    workers: int,
+    zero: int,
+    checkpointing: ActivationCheckpointing,
+) -> None:
+    """A group of two sums outputs; with two of them, the ranks with the same slices also exchange gradients."""
+    model: dict[str, Any] = {"activation_checkpointing": checkpointing}
+    plan, found = count_step(pools, prepared_run, workers, zero, {}, tensor_parallel=2, precision="fp32", **model)
+    dims, tokens = families.read_model_dims(plan.hf_config), plan.micro_batch * plan.sequence_length
+    sent = count_summed_bytes(dims, 4, tokens, PASSES, checkpointing)
+    if workers > 2:
+        sent += count_exchanged_bytes(build_exchange_workload(plan, plan.micro_batch)).total
+    assert [sum(each[:2]) for each in found] == pytest.approx([sent] * workers, rel=0.01)
+    held = 1e9 * sum(plan.memory_gb_per_device.values())
+    assert [each[2] for each in found] == pytest.approx([held] * workers, rel=0.05)
 
 
 def test_a_model_larger_than_the_reuse_distance_is_gathered_twice(

@@ -27,6 +27,7 @@ from llm_training_toolkit.distributed.context import RunContext, StopRequest
 from llm_training_toolkit.distributed.events import Event, NoteEvent, StepEvent, WarningEvent
 from llm_training_toolkit.distributed.flight_recorder import set_flight_record_directory, write_flight_record
 from llm_training_toolkit.engine import Engine, gathered_parameter, zero3_init
+from llm_training_toolkit.errors import ToolkitError
 from llm_training_toolkit.evaluation.validation import compute_eval_loss
 from llm_training_toolkit.models import LossModule, build_model, check_pretrained_weights, resize_embeddings
 from llm_training_toolkit.models.attention import compute_cu_seqlens
@@ -75,6 +76,16 @@ def build_engine(spec: WorkerSpec, plan: Plan) -> Engine:
     return build_run_model(spec, plan, build_context(), None).engine
 
 
+def catch_build_error(run: str, changes: Mapping[str, Any]) -> str:
+    """The error with which an engine is refused."""
+    spec = build_worker_spec(run, changes)
+    try:
+        build_engine(spec, build_plan(spec)).close()
+    except ToolkitError as error:
+        return str(error)
+    return ""
+
+
 def build_plan(spec: WorkerSpec) -> Plan:
     """Make the plan of a run for this pool's number of ranks."""
     return make_plan(spec.config, ranks=dist.get_world_size()).with_data(build_data_facts(spec.dataset_info))
@@ -82,7 +93,7 @@ def build_plan(spec: WorkerSpec) -> Plan:
 
 def compute_own_slice(plan: Plan) -> range:
     """Return the positions of this rank's replica in a whole global batch."""
-    each = plan.sequence_parallel
+    each = plan.ranks_per_replica
     return compute_replica_slice(plan.global_batch, dist.get_world_size() // each, dist.get_rank() // each)
 
 
@@ -154,7 +165,8 @@ def gather_state(engine: Engine, directory: str) -> Arrays:
     """Every weight and moment, gathered by writing and reading a checkpoint of the engine."""
     shapes = engine.shapes
 
-    manifest = build_manifest(0, shapes, world_size=dist.get_world_size(), zero=engine.stage)
+    parts = engine.column_parts
+    manifest = build_manifest(0, shapes, world_size=dist.get_world_size(), zero=engine.stage, column_parts=parts)
     save(build_context(), Path(directory), engine.owned_fragments(), engine.optimizer, manifest)
     return read_state(Path(directory))
 

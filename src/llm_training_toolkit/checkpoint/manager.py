@@ -216,6 +216,7 @@ class CheckpointManager:
             data_fingerprint=lineage.data_fingerprint,
             versions=lineage.versions,
             shapes=self._engine.shapes,
+            column_parts=self._engine.column_parts,
             skips=progress.skips,
             recent=progress.recent,
             eval_loss=self._losses.get(progress.step),

@@ -11,6 +11,7 @@ from typing import Any
 
 from llm_training_toolkit.checkpoint.layout import FragmentRun, Layout
 from llm_training_toolkit.checkpoint.state import SkippedStep, StepStats
+from llm_training_toolkit.distributed.column_slice import list_stored_shapes
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs.storage.object_keys import find_name_problem
 
@@ -62,7 +63,7 @@ class Manifest:
     """Shape of each trainable parameter."""
     files: tuple[FileEntry, ...] = ()
     layout: Layout = field(default_factory=dict)
-    """Fragments of each parameter, sorted; file numbers count in `files`."""
+    """Fragments of each parameter or slice, sorted; file numbers count in `files`."""
     skips: tuple[SkippedStep, ...] = ()
     """Skipped updates along the lineage, with their sequences."""
     recent: tuple[StepStats, ...] = ()
@@ -72,11 +73,18 @@ class Manifest:
     extra: Mapping[str, Any] = field(default_factory=dict)
     run_id: str = ""
     """Random id of the run, as in its attempts."""
+    column_parts: Mapping[str, int] = field(default_factory=dict)
+    """Parameters that are stored as slices of columns, and the number of these (engine.tensor_parallel)."""
 
     @property
     def update_count(self) -> int:
         """Number of times the optimizer has updated the weights."""
         return self.step - len(self.skips)
+
+    @property
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what the files hold: whole parameters, and slices of columns."""
+        return list_stored_shapes(self.shapes, self.column_parts)
 
     def to_json(self) -> str:
         """Return the stored form: a line a field, a parameter's layout and a file as lists, 0.7 MB at 4,096 ranks."""
@@ -110,9 +118,11 @@ def read_manifest(directory: Path) -> Manifest:
         data["shapes"] = {name: tuple(shape) for name, shape in data["shapes"].items()}
         data["skips"] = tuple(SkippedStep(*skip) for skip in data["skips"])
         data["recent"] = tuple(StepStats(*step) for step in data["recent"])
-        return Manifest(**data)
+        manifest = Manifest(**data)
+        list_stored_shapes(manifest.shapes, manifest.column_parts)  # raises for slices that no matrix has
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a readable manifest ({error!r}): delete the directory") from error
+    return manifest
 
 
 def compute_sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from llm_training_toolkit.checkpoint.manifest import MANIFEST_NAME, Manifest, compute_sha256, read_manifest
+from llm_training_toolkit.distributed.column_slice import ColumnSlice
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs.directory import parse_checkpoint_name
 from llm_training_toolkit.runs.storage.storage import LocalStorage, Storage
@@ -59,6 +60,32 @@ class CheckpointReader:
 
         Reads only the fragments that overlap the range. Raises CheckpointError when part of the range is missing.
         """
+        parts = self.manifest.column_parts.get(name)
+        if parts is None or name not in self.manifest.shapes:
+            return self._read_stored(name, key, start, count)
+        width = self.manifest.shapes[name][1]
+        first, last = start // width, -(-(start + count) // width)
+        rows = np.empty((last - first, width), dtype=np.float32)
+        each = width // parts
+        for index in range(parts):
+            stored = self._read_stored(ColumnSlice(name, index, parts).name, key, first * each, (last - first) * each)
+            rows[:, index * each : (index + 1) * each] = stored.reshape(-1, each)
+        return rows.reshape(-1)[start - first * width :][:count]
+
+    def read_columns(self, columns: ColumnSlice, key: str, start: int, count: int) -> Array:
+        """Return values [start, start + count) of a flattened slice of a matrix's columns, however it is stored."""
+        name = columns.parameter
+        if self.manifest.column_parts.get(name) == columns.parts:
+            return self._read_stored(columns.name, key, start, count)
+        width = self.manifest.shapes[name][1]
+        each = width // columns.parts
+        first, last = start // each, -(-(start + count) // each)
+        rows = self.read(name, key, first * width, (last - first) * width).reshape(-1, width)
+        own = rows[:, columns.index * each : (columns.index + 1) * each]
+        return own.reshape(-1)[start - first * each :][:count]
+
+    def _read_stored(self, name: str, key: str, start: int, count: int) -> Array:
+        """Read a range of a whole parameter, or of a slice that is stored by itself."""
         out = np.empty(count, dtype=np.float32)
         filled = 0
         for run in self.manifest.layout.get(name, ()):

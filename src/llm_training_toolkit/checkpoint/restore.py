@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from llm_training_toolkit.checkpoint import (
     CheckpointReader,
@@ -17,7 +18,7 @@ from llm_training_toolkit.checkpoint import (
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import WarningEvent
 from llm_training_toolkit.distributed.heartbeat import Heartbeat
-from llm_training_toolkit.engine import Engine
+from llm_training_toolkit.engine import Engine, Fragment
 from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs.directory import RunDirectory
 
@@ -110,7 +111,13 @@ def restore_engine(
             heartbeat.keepalive(f"loading {piece.name}")
         for key, tensor in piece.get_tensors(engine.optimizer).items():
             if optimizer or key == "weights":
-                values = checkpoint.read(piece.name, key, piece.start, piece.count)
+                values = _read_fragment(checkpoint, piece, key)
                 tensor.copy_(torch.from_numpy(np.ascontiguousarray(values)))
     checkpoint.storage.evict_checkpoint(checkpoint.directory)
     engine.sync_low_precision()
+
+
+def _read_fragment(checkpoint: CheckpointReader, piece: Fragment, key: str) -> NDArray[np.float32]:
+    if piece.columns is None:
+        return checkpoint.read(piece.name, key, piece.start, piece.count)
+    return checkpoint.read_columns(piece.columns, key, piece.start, piece.count)

@@ -89,7 +89,7 @@ class AsyncWrite:
         self._sent = 0
         self._path = directory / _get_file_name(rank)
         self.fragments = [(piece.name, piece.start, piece.count) for piece in pieces]
-        """Parameter, first index and length of each fragment."""
+        """Parameter or slice, first index and length of each fragment."""
         tensors = {
             _get_tensor_name(piece, key): each for piece in pieces for key, each in piece.get_tensors(optimizer).items()
         }
@@ -138,7 +138,7 @@ def commit_checkpoint(context: RunContext, writing: AsyncWrite, manifest: Manife
     Raises CheckpointError on every rank when any rank could not write (a full disk, for example).
     """
     directory, storage = writing.directory, writing.storage
-    mine = (writing.wait_for_result(), index_fragments(writing.fragments, manifest.shapes))
+    mine = (writing.wait_for_result(), index_fragments(writing.fragments, manifest.stored_shapes))
     written = context.gather_object(mine)
     failures = context.broadcast_object(_commit_manifest(writing, manifest, written) if written else [])
     if failures:
@@ -212,8 +212,9 @@ def _commit_manifest(
     if failures := [result.failure for result, _ in written if result.failure]:
         return failures
     files = tuple(result.entry for result, _ in written if result.entry is not None)
-    manifest = replace(manifest, files=files, layout=build_layout([index for _, index in written], manifest.shapes))
-    if wrong := find_incomplete_parameters(manifest.layout, manifest.shapes):
+    shapes = manifest.stored_shapes
+    manifest = replace(manifest, files=files, layout=build_layout([index for _, index in written], shapes))
+    if wrong := find_incomplete_parameters(manifest.layout, shapes):
         return [f"the pieces of {', '.join(wrong[:3])} do not add up ({len(wrong)} parameters)"]
     directory, storage = writing.directory, writing.storage
     try:

@@ -119,6 +119,10 @@ class EngineConfig(ConfigSection):
     """Workers of a replica. They hold slices of the same sequences and exchange them for heads around attention, for
     rows that are too long for one device. It must divide the number of workers, `data.sequence_length` and the model's
     numbers of query heads and of key-value heads. A run may change it. 1 = every worker is a replica."""
+    tensor_parallel: Annotated[int, Field(ge=1), FieldTag.FREE] = 1
+    """Workers of a replica that hold slices of the matrices of every layer, for weights that are too large for one
+    device. It must divide the number of workers, the model's query heads, key-value heads and feed-forward width. ZeRO
+    is 0 or 1 then. A run may change it. 1 = every worker holds whole matrices."""
     zero_hpz_partition_size: Annotated[int, Field(ge=1), FieldTag.FREE] = 1
     """Workers that keep a second copy of all weights among them: those of a node (ZeRO 3; hierarchical partitioning of
     ZeRO++). Then only the first gathering of a step passes between nodes. 1 = off. An elastic run has it at
@@ -128,6 +132,11 @@ class EngineConfig(ConfigSection):
     sums on their way; micro-batches are summed in fp32 either way."""
     deepspeed: Annotated[dict[str, Any], FieldTag.FREE] = {}  # noqa: RUF012 - pydantic copies it
     """Additional DeepSpeed configuration, passed on unchanged. Keys that the toolkit sets are refused."""
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Ranks that work on the same sequences."""
+        return self.sequence_parallel * self.tensor_parallel
 
 
 class CheckpointConfig(ConfigSection):

@@ -20,8 +20,11 @@ from torch.profiler import record_function
 
 from llm_training_toolkit.config.schema import Offload, OptimConfig
 from llm_training_toolkit.data.collate import MicroBatch
+from llm_training_toolkit.distributed.column_slice import ColumnSlice
+from llm_training_toolkit.distributed.tensor_group import get_all_ranks
 from llm_training_toolkit.engine.allocation import allocate_zeros, keep_freed_memory
 from llm_training_toolkit.engine.fragments import MOMENTS, Fragment, locate_fragments, sync_low_precision_weights
+from llm_training_toolkit.engine.gradient_buffer import MasterPiece
 from llm_training_toolkit.engine.master_weights import MasterWeights
 from llm_training_toolkit.engine.sharded_master_weights import ShardedMasterWeights
 from llm_training_toolkit.engine.skip_step import SkippableOptimizer
@@ -55,22 +58,29 @@ class Engine:
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
-        self.shapes = {
-            self._names[id(parameter)]: tuple(getattr(parameter, "ds_shape", parameter.shape))
-            for parameter in module.parameters()
-            if parameter.requires_grad
-        }
-        """Shape of each trainable parameter."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._tensor_parallel = tensor = module.tensor_parallel
+        self._peers = tensor.group.data_parallel if tensor is not None else get_all_ranks()
+        self.shapes = {
+            self._names[id(each)]: tuple(getattr(each, "ds_shape", each.shape))
+            if tensor is None
+            else tensor.get_whole_shape(each)
+            for each in trained
+        }
+        """Shape of each trainable parameter, whole."""
+        self.column_parts = {} if tensor is None else tensor.count_column_parts(trained, self._names)
+        """Slices of each parameter whose columns are cut over ranks, which a checkpoint stores by themselves."""
         self._max_grad_norm = optim.max_grad_norm
         sent = torch.bfloat16 if deepspeed_config["communication_data_type"] == "bf16" else torch.float32
         self._master_weights: MasterWeights | ShardedMasterWeights | None = None
         if self.stage == 1:
-            self._master_weights = ShardedMasterWeights(trained, device, offload=offload != "none", sent=sent)
+            self._master_weights = ShardedMasterWeights(
+                trained, device, self._peers, tensor, offload=offload != "none", sent=sent
+            )
         if self.stage <= 1:
             module.to(device)  # DeepSpeed would move it only after the fp32 copies are made
         if self.stage == 0:
-            self._master_weights = MasterWeights(trained, sent=sent)
+            self._master_weights = MasterWeights(trained, self._peers, tensor, sent=sent)
         self.optimizer = _build_adamw(module, self._names, optim, device, self._master_weights)
         deepspeed.init_distributed(dist_init_required=False)  # reuses the existing process group
         self.deepspeed, self._zero_optimizer, _, _ = deepspeed.initialize(
@@ -78,7 +88,9 @@ class Engine:
         )
         if self._master_weights is not None:
             self.deepspeed.enable_backward_allreduce = False
-            self._master_weights.load_from_low_precision()  # DeepSpeed has broadcast rank 0's weights
+            if tensor is not None:
+                tensor.broadcast_slices(trained)
+            self._master_weights.load_from_low_precision()  # DeepSpeed has broadcast rank 0's whole weights
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.forward_seconds = 0.0
@@ -125,7 +137,7 @@ class Engine:
             total -= self._router_monitor.get_balance_sum()
         summed = float(total)  # waits for the device, so that the timer's events are complete
         self.forward_seconds = stopwatch.total_seconds()
-        return summed
+        return self._count_once(summed)
 
     def run_trial_pass(self, batch: MicroBatch) -> None:
         """Run a micro-batch for its memory alone, before the first ones of a step. Collective.
@@ -157,7 +169,11 @@ class Engine:
     def compute_loss_sum(self, batch: MicroBatch) -> float:
         """Return the sum of a batch's token losses, without gradients. Collective under ZeRO 3."""
         self.deepspeed.eval()
-        return float(self._run_forward(batch))
+        return self._count_once(float(self._run_forward(batch)))
+
+    def _count_once(self, loss_sum: float) -> float:
+        """Return a loss on one rank of each tensor-parallel group, on the others 0: all of them have it whole."""
+        return loss_sum if self._tensor_parallel is None or self._tensor_parallel.group.index == 0 else 0.0
 
     def optim_step(self, lr: float, should_update: Callable[[float], bool] | None = None) -> float:
         """Update the weights with the accumulated gradients and return the gradient norm before clipping.
@@ -187,21 +203,37 @@ class Engine:
 
     def get_full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the fp32 gradient after `forward_backward`, or None where DeepSpeed has it: ZeRO 2, 3. Collective."""
-        return None if self._master_weights is None else self._master_weights.get_gradient(parameter)
+        if self._master_weights is None:
+            return None
+        gradient = self._master_weights.get_gradient(parameter)
+        if gradient is None or self._tensor_parallel is None:
+            return gradient
+        return self._tensor_parallel.gather_whole(parameter, gradient)
 
     def local_fragments(self) -> list[Fragment]:
         """Return the fragments on this rank; at ZeRO 0 every parameter, whole."""
         if self._master_weights is not None:
-            return [
-                Fragment(self._names[id(piece.parameter)], piece.start, piece.weights.numel(), piece.weights, 0)
-                for piece in self._master_weights.pieces
-            ]
+            return [self._build_fragment(piece) for piece in self._master_weights.pieces]
         return list(locate_fragments(self._zero_optimizer, self._names, self.stage, self.rank))
 
     def owned_fragments(self) -> list[Fragment]:
         """Return the fragments that this rank saves; over all ranks each weight occurs exactly once."""
-        pieces = self.local_fragments()
-        return pieces[self.rank :: self.world_size] if self.stage == 0 else pieces
+        if self._master_weights is None:
+            return self.local_fragments()
+        tensor = self._tensor_parallel
+        owned = [each for each in self._master_weights.pieces if tensor is None or tensor.is_owner(each.parameter)]
+        chosen = owned[self._peers.index :: self._peers.size] if self.stage == 0 else owned
+        return [self._build_fragment(piece) for piece in chosen]
+
+    def _build_fragment(self, piece: MasterPiece) -> Fragment:
+        """Return the fragment of a piece: rows of a matrix are a range of the whole one, columns a slice by itself."""
+        name, start = self._names[id(piece.parameter)], piece.start
+        part = None if self._tensor_parallel is None else self._tensor_parallel.get_slice(piece.parameter)
+        columns = None if part is None or part.dim == 0 else ColumnSlice(name, part.index, part.parts)
+        if part is not None and part.dim == 0:
+            start += part.index * piece.parameter.numel()
+        stored = name if columns is None else columns.name
+        return Fragment(stored, start, piece.weights.numel(), piece.weights, 0, columns)
 
     def create_optimizer_state(self, num_updates: int) -> None:
         """Create the optimizer state to load into, as after `num_updates` updates; the previous state is dropped.

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_training_toolkit.distributed.column_slice import ColumnSlice
+
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's states, one value per weight each
 
 
@@ -21,15 +23,17 @@ class Fragment:
     """Consecutive range of one flattened parameter on this rank."""
 
     name: str
-    """Parameter's name in the Hugging Face model."""
+    """Parameter's name in the Hugging Face model, or its slice's in a checkpoint."""
     start: int
-    """First index in the flattened parameter."""
+    """First index in the flattened parameter, or in its flattened slice."""
     count: int
     """Number of weights."""
     flat: Tensor
     """The fp32 tensor that the optimizer updates, and the key of its state."""
     offset: int
     """First index in `flat`."""
+    columns: ColumnSlice | None = None
+    """Slice of the columns that `start` counts in; None if it counts in the whole parameter."""
 
     def _narrow_to_fragment(self, tensor: Tensor) -> Tensor:
         return tensor.detach().view(-1).narrow(0, self.offset, self.count)

@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llm_training_toolkit.distributed.tensor_group import DataParallelGroup
 from llm_training_toolkit.engine.allocation import allocate_zeros
 from llm_training_toolkit.engine.gradient_buffer import GradientBuffer, MasterPiece, set_clip_scale
 from llm_training_toolkit.engine.gradient_exchange import reduce_scatter_gradients
+from llm_training_toolkit.models.tensor_parallel import TensorParallelModel
 
 
 class ShardedMasterWeights:
@@ -27,19 +29,23 @@ class ShardedMasterWeights:
         self,
         parameters: Sequence[nn.Parameter],
         device: torch.device,
+        group: DataParallelGroup,
+        tensor_parallel: TensorParallelModel | None = None,
         *,
         offload: bool,
         sent: torch.dtype = torch.float32,
     ) -> None:
         """Move the parameters to `device`, flattened by dtype; with `offload` the master weights go to host memory.
 
-        Gradients pass between ranks in the type `sent`.
+        Gradients are summed over `group`, their norm also over slices of matrices. They pass between
+        ranks in the type `sent`.
         """
         self._sent = sent
         dtypes = sorted({parameter.dtype for parameter in parameters}, key=str)
         self._device, self._offload = device, offload
+        self._group, self._tensor_parallel = group, tensor_parallel
         self._flats = [
-            _FlatShard([parameter for parameter in parameters if parameter.dtype == dtype], device, offload=offload)
+            _FlatShard([each for each in parameters if each.dtype == dtype], device, group, offload=offload)
             for dtype in dtypes
         ]
         self.pieces = [piece for flat in self._flats for piece in flat.pieces]
@@ -54,14 +60,14 @@ class ShardedMasterWeights:
         return self._weights.get(id(parameter), [])
 
     def get_gradient(self, parameter: nn.Parameter) -> Tensor:
-        """Return a parameter's whole fp32 gradient, summed over ranks, after `reduce_gradients`. Collective."""
+        """Return a parameter's fp32 gradient, whole or of its slice, after `reduce_gradients`. Collective."""
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=self._device)
         for piece in self.pieces:
             if piece.parameter is parameter:
                 assert piece.weights.grad is not None
                 whole[piece.start : piece.start + piece.weights.numel()] = piece.weights.grad.flatten()
-        if _count_ranks() > 1:
-            dist.all_reduce(whole)
+        if self._group.size > 1:
+            dist.all_reduce(whole, group=self._group.process_group)
         return whole.view_as(parameter)
 
     @torch.no_grad()
@@ -74,9 +80,12 @@ class ShardedMasterWeights:
 
     def compute_grad_norm(self) -> float:
         """Return the norm of all gradients, the same on every rank. Collective."""
-        shards = [gradient for flat in self._flats for gradient in flat.gradients]
+        own = [each for flat in self._flats for each in zip(flat.pieces, flat.gradients, strict=True)]
+        if self._tensor_parallel is not None:
+            own = [(piece, gradient) for piece, gradient in own if self._tensor_parallel.is_owner(piece.parameter)]
+        shards = [gradient for _, gradient in own]
         norm = torch.nn.utils.get_total_norm(shards) if shards else torch.zeros((), device=self._device)
-        if _count_ranks() > 1:
+        if self._group.size > 1 or self._tensor_parallel is not None:
             squared = norm.to(self._device, torch.float64).square()
             dist.all_reduce(squared)
             norm = squared.sqrt()
@@ -109,8 +118,11 @@ class ShardedMasterWeights:
 class _FlatShard:
     """Parameters of one dtype in one buffer, and one rank's equal share of it."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device, *, offload: bool) -> None:
-        ranks, rank = _count_ranks(), dist.get_rank() if dist.is_initialized() else 0
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], device: torch.device, group: DataParallelGroup, *, offload: bool
+    ) -> None:
+        ranks, rank = group.size, group.index
+        self._group = group
         size = sum(parameter.numel() for parameter in parameters)
         length = -(-size // ranks)
         self._shard = slice(rank * length, (rank + 1) * length)
@@ -149,8 +161,9 @@ class _FlatShard:
         """Sum the shard's gradients over the ranks, sent in a type, and give them to the optimizer."""
         self._buffer.finish_step()
         own = self._gradients[self._shard]
-        if _count_ranks() > 1:
-            reduce_scatter_gradients(own, self._gradients, sent)  # in place, which NCCL and gloo both allow
+        if self._group.size > 1:
+            # In place, which NCCL and gloo both allow.
+            reduce_scatter_gradients(own, self._gradients, sent, self._group.process_group)
         if self._offload:
             self._master_gradients.copy_(own, non_blocking=True)
         for piece, gradient in zip(self.pieces, self._master_gradient_views, strict=True):
@@ -169,8 +182,8 @@ class _FlatShard:
             own.copy_(self._rounded, non_blocking=True)
         elif not self._shares_weights:
             own.copy_(self._master, non_blocking=True)
-        if _count_ranks() > 1:
-            dist.all_gather_single(self._weights, own)
+        if self._group.size > 1:
+            dist.all_gather_single(self._weights, own, group=self._group.process_group)
 
     def close(self) -> None:
         """Remove the hooks, which keep the buffers alive."""
@@ -182,7 +195,3 @@ def _allocate_master(length: int, device: torch.device, *, offload: bool) -> Ten
     if offload and device.type == "cuda":
         return torch.zeros(length, dtype=torch.float32, pin_memory=True)
     return allocate_zeros([torch.Size([length])], torch.float32, torch.device("cpu") if offload else device)[0]
-
-
-def _count_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

@@ -22,8 +22,16 @@ from llm_training_toolkit.families.family import (
     SpecialTokens,
 )
 from llm_training_toolkit.families.flops import TrainingFlops, compute_training_flops
+from llm_training_toolkit.families.hf_config import (
+    ASSUMED_DIMENSIONS,
+    are_dimensions_assumed,
+    is_plan_assumed,
+    read_recorded_plan,
+    read_source_plan,
+    recall_plan,
+    recall_plan_files,
+)
 from llm_training_toolkit.families.hf_config import build_hf_config as build_hf_config
-from llm_training_toolkit.families.hf_config import read_recorded_plan, read_source_plan, recall_plan, recall_plan_files
 from llm_training_toolkit.families.lora import AdapterSpec, build_adapter
 from llm_training_toolkit.families.saved_config import (
     CONFIG_FILE,
@@ -38,6 +46,7 @@ from llm_training_toolkit.families.saved_config import (
 from llm_training_toolkit.families.saved_size import build_saved_size, choose_family, read_tokenizer_family
 
 __all__ = [
+    "ASSUMED_DIMENSIONS",
     "CONFIG_FILE",
     "DROPOUTS",
     "FAMILIES",
@@ -50,6 +59,7 @@ __all__ = [
     "ModelSize",
     "SpecialTokens",
     "TrainingFlops",
+    "are_dimensions_assumed",
     "check_model_type",
     "compute_flops_per_token",
     "count_parameters",
@@ -61,6 +71,7 @@ __all__ = [
     "has_known_name",
     "has_known_size",
     "is_hub_id",
+    "is_plan_assumed",
     "list_models_with_tokens",
     "read_model_dims",
     "read_quantization",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 HfValues = Mapping[str, Any]  # values of a Hugging Face configuration, by name
@@ -178,6 +178,14 @@ class ModelDims:
     def kv_width(self) -> int:
         """Width of all key heads, and of all value heads."""
         return self.kv_heads * self.head_dim
+
+    def slice_matrices(self, parts: int) -> ModelDims:
+        """Return the dimensions of one of several ranks that hold slices of the matrices (engine.tensor_parallel).
+
+        Biases are cut too, but counted whole: they are a few in ten thousand.
+        """
+        heads, kv_heads = max(self.heads // parts, 1), max(self.kv_heads // parts, 1)
+        return replace(self, heads=heads, kv_heads=kv_heads, intermediate=max(self.intermediate // parts, 1))
 
     @property
     def attention_layers(self) -> int:

@@ -12,8 +12,10 @@ from llm_training_toolkit.config.run_identity import normalize_model_name
 from llm_training_toolkit.config.schema import Config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families.family import DROPOUTS, Family, ModelDims, ModelSize
-from llm_training_toolkit.families.saved_config import read_json_object, read_saved_config
+from llm_training_toolkit.families.saved_config import is_hub_id, read_json_object, read_saved_config
 
+# Among a plan's estimated values: the hub was silent, and weights of a known name may have other dimensions.
+ASSUMED_DIMENSIONS = "hf_config"
 # Refused in `model.config_overrides`: a nested value (use rope_theta), and values that would break a guarantee.
 _FIXED = {"rope_parameters", "use_sliding_window", *DROPOUTS}
 # Matrix products are fastest with dimensions in multiples of 64 (NVIDIA, Matrix Multiplication Background).
@@ -132,12 +134,30 @@ def _read_recorded_values(config: Config) -> Mapping[str, Any] | None:
 def read_recorded_plan(config: Config) -> Mapping[str, Any]:
     """Read the run's plan if its initial weights no longer exist; a resume does not need them.
 
-    Empty if they exist, for a run that has not started, and for one that would now start from other weights.
+    Empty if they exist, for a run that has not started, for one that would now start from other weights, and for a plan
+    of assumed dimensions.
     """
     given = config.model.path or config.model.init_from
     if given is None or Path(given).expanduser().exists():
         return {}
-    return config.begun_plan or recall_plan(config, Path(config.run.dir).expanduser() / config.run.name).begun_plan
+    if config.begun_plan:
+        return config.begun_plan
+    found = recall_plan(config, Path(config.run.dir).expanduser() / config.run.name).begun_plan
+    return {} if is_plan_assumed(found) else found
+
+
+def is_plan_assumed(plan: Mapping[str, Any]) -> bool:
+    """Return whether a recorded plan has its dimensions by name, as the hub was silent: the next start asks again."""
+    return ASSUMED_DIMENSIONS in plan.get("estimated", ())
+
+
+def are_dimensions_assumed(config: Config) -> bool:
+    """Return whether the dimensions of the hub's weights follow from their name alone, which other ones may have."""
+    model = config.model
+    if model.path is None or not is_hub_id(model.path):
+        return False
+    recorded = read_recorded_plan(config)
+    return is_plan_assumed(recorded) if recorded else read_saved_config(model.path, model.revision) is None
 
 
 def recall_plan(config: Config, run: Path) -> Config:

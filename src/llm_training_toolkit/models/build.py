@@ -137,9 +137,8 @@ def _build_nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def check_parameter_count(model: nn.Module, expected: int, name: str) -> None:
+def check_parameter_count(found: int, expected: int, name: str) -> None:
     """Raise PlanError if the weights have another size than the plan assumes."""
-    found = sum(_count_parameters(parameter) for parameter in model.parameters())
     if found != expected:
         raise PlanError(
             f"model.path holds {found:,} parameters, {name} has {expected:,}: "
@@ -147,7 +146,11 @@ def check_parameter_count(model: nn.Module, expected: int, name: str) -> None:
         )
 
 
-def _count_parameters(parameter: nn.Parameter) -> int:
-    """Return the number of weights of a parameter, even if partitioned or packed."""
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of weights of a model, even if partitioned or packed."""
+    return sum(_count_weights(parameter) for parameter in model.parameters())
+
+
+def _count_weights(parameter: nn.Parameter) -> int:
     packed = 2 if type(parameter).__name__ == "Params4bit" else 1  # two weights a byte
     return packed * int(getattr(parameter, "ds_numel", parameter.numel()))

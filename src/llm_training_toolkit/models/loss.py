@@ -23,6 +23,7 @@ from llm_training_toolkit.models.linear_attention import (
     isolate_linear_attention,
 )
 from llm_training_toolkit.models.router import RouterMonitor, find_routers
+from llm_training_toolkit.models.tensor_parallel import TensorParallelModel
 from llm_training_toolkit.plan import compute_loss_chunk_size
 
 IGNORE_INDEX = -100  # label of a position without loss
@@ -172,10 +173,13 @@ class LossModule(nn.Module):
         loss_chunk: int | Literal["auto"],
         router_balance: float | None = None,
         sequence_group: SequenceGroup | None = None,
+        tensor_parallel: TensorParallelModel | None = None,
     ) -> None:
         super().__init__()
         self.lm = model
         self.sequence_group = sequence_group
+        self.tensor_parallel = tensor_parallel
+        """Slices of the model's matrices, if `model` was cut over ranks."""
         self.batch_position = BatchPosition()
         """Sequences of the forward pass, set by its caller; dropout draws from them."""
         self._layer_compiler: LayerCompiler | None = None

@@ -158,6 +158,8 @@ def get_candidate_zero_stages(config: Config) -> tuple[int, ...]:
     """
     lora = config.model.lora
     possible = OFFLOAD_STAGES[config.engine.offload]
+    if config.engine.tensor_parallel > 1:  # of DeepSpeed's stages, which sum over all ranks, none
+        return tuple(stage for stage in possible if stage <= 1) or (1,)
     if config.engine.zero_hpz_partition_size > 1:
         return (3,)
     if config.model.compile is True or (lora is not None and lora.quantize is not None):

@@ -22,9 +22,9 @@ def compute_loss_chunk_size(setting: int | Literal["auto"], vocabulary: int) -> 
     return max(1, _LOGITS // vocabulary) if setting == "auto" else setting
 
 
-def count_replicas(ranks: int, sequence_parallel: int) -> int:
-    """Return the number of replicas of `sequence_parallel` ranks each, at least 1."""
-    return max(ranks // sequence_parallel, 1)
+def count_replicas(ranks: int, ranks_per_replica: int) -> int:
+    """Return the number of replicas of `ranks_per_replica` ranks each, at least 1."""
+    return max(ranks // ranks_per_replica, 1)
 
 
 def split_global_batch(global_batch: int, replicas: int) -> tuple[int, ...]:

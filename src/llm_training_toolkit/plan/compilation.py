@@ -34,6 +34,7 @@ def find_compile_problem(config: Config, hf: HfValues) -> Problem | None:
         and lora.quantize is not None,
         ("the exchange of tokens between ranks was never compiled", "Leave it out"): config.engine.sequence_parallel
         > 1,
+        ("the sums over slices of matrices were never compiled", "Leave it out"): config.engine.tensor_parallel > 1,
         (f"layers with {attention} were never compiled", "Use auto, varlen, sdpa or eager"): attention
         not in _COMPILED_ATTENTION,
         ("varlen on CPU is a loop over documents, which cannot be compiled", "Use sdpa"): on_cpu

@@ -41,7 +41,7 @@ OWNED_KEYS: dict[str, str] = {
     "checkpoint": "Set checkpoint: the toolkit writes its own files",
     "dataloader_drop_last": "Remove it: the toolkit brings the batches, and drops none",
     "data_efficiency": "Remove it: the order of the data is the toolkit's",
-    "tensor_parallel": "Remove it: not supported yet",
+    "tensor_parallel": "Set engine.tensor_parallel: the toolkit cuts the matrices itself",
     "sequence_parallel_size": "Set engine.sequence_parallel: the toolkit exchanges tokens and heads itself",
     "expert_parallel": "Remove it: not supported",
     "pipeline": "Remove it: not supported",

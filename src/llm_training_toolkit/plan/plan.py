@@ -18,6 +18,7 @@ from llm_training_toolkit.plan.checks import run_check
 from llm_training_toolkit.plan.checks.hierarchy_check import find_hierarchy_problems
 from llm_training_toolkit.plan.checks.notes import collect_notes
 from llm_training_toolkit.plan.checks.sequence_check import find_sequence_problems
+from llm_training_toolkit.plan.checks.tensor_check import find_tensor_problems
 from llm_training_toolkit.plan.deepspeed import build_base_config, build_deepspeed_config, find_deepspeed_problems
 from llm_training_toolkit.plan.horizon import DataFacts, Horizon, compute_horizon
 from llm_training_toolkit.plan.lr_schedule import LRSchedule, ScheduleKind, choose_learning_rate
@@ -70,6 +71,8 @@ class Plan:
     """Number of devices planned for: those of the (most) workers, or the ranks that were started."""
     sequence_parallel: int
     """Ranks of a replica, which hold slices of the same sequences."""
+    tensor_parallel: int
+    """Ranks of a replica, which hold slices of the same matrices."""
     sequence_length: int
     tokens_per_step: int
     lr: float
@@ -90,6 +93,11 @@ class Plan:
     config_estimates: tuple[str, ...]
     """Names of the inexact values that do not depend on the data."""
     notes: tuple[str, ...]
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Ranks that work on the same sequences."""
+        return self.sequence_parallel * self.tensor_parallel
 
     @property
     def replicas(self) -> int:
@@ -118,7 +126,7 @@ class Plan:
 
     def count_replicas(self, ranks: int) -> int:
         """Return the number of replicas of so many ranks."""
-        return batch.count_replicas(ranks, self.sequence_parallel)
+        return batch.count_replicas(ranks, self.ranks_per_replica)
 
     def split_batch(self, replicas: int | None = None) -> tuple[int, ...]:
         """Return the sequences per step of each replica. Raises PlanError if one would have none."""
@@ -162,7 +170,7 @@ class Plan:
         """Return the plan as JSON; `accumulation` maps worker counts (1 to 8 and the run's own) to micro-batches."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _NOT_IN_JSON}
         own = range(self.fewest_workers or 1, self.ranks + 1)
-        each = self.sequence_parallel
+        each = self.ranks_per_replica
         worlds = sorted({*range(1, 9), *own, self.ranks} & set(range(each, each * self.global_batch + 1, each)))
         return {
             **values,
@@ -191,8 +199,8 @@ def make_plan(config: Config, ranks: int | None = None) -> Plan:
     adapter = families.resolve_adapter(config, hf)
     trained = adapter.trainable_parameters if adapter else total
     # Without Ray the number of ranks is open: one replica.
-    world = ranks or config.cluster.max_workers or config.engine.sequence_parallel
-    smallest = ranks or config.cluster.min_workers or config.engine.sequence_parallel
+    world = ranks or config.cluster.max_workers or config.engine.ranks_per_replica
+    smallest = ranks or config.cluster.min_workers or config.engine.ranks_per_replica
     given, config = config, auto.with_assumed_values(config)
     lr = choose_learning_rate(config, total)
     length, every = config.data.sequence_length, config.checkpoint.interval
@@ -223,6 +231,7 @@ def make_plan(config: Config, ranks: int | None = None) -> Plan:
         fewest_workers=config.cluster.min_workers,
         ranks=world,
         sequence_parallel=config.engine.sequence_parallel,
+        tensor_parallel=config.engine.tensor_parallel,
         sequence_length=length,
         tokens_per_step=config.train.global_batch_size * length,
         lr=lr,
@@ -238,6 +247,7 @@ def make_plan(config: Config, ranks: int | None = None) -> Plan:
             *run_check.find_problems(config, size, hf, world),
             *find_hierarchy_problems(config, ranks),
             *find_sequence_problems(given, size, hf, (smallest, world)),
+            *find_tensor_problems(given, size, hf, (smallest, world)),
             *run_check.find_memory_problems(memory_gb),
         ),
         config_estimates=_list_estimated_values(given, compile_open=given.model.compile == "auto" and not uncompiled),
@@ -255,6 +265,7 @@ def check_plan(plan: Plan) -> Plan:
 def _list_estimated_values(config: Config, *, compile_open: bool) -> tuple[str, ...]:
     """Return the names of inexact values; an `auto` micro-batch is planned as 1, checkpointing as none."""
     return (
+        *((families.ASSUMED_DIMENSIONS,) if families.are_dimensions_assumed(config) else ()),
         *(("precision",) if config.train.precision == "auto" else ()),
         *(("zero",) if config.engine.zero_stage == "auto" else ()),
         *(("activation_checkpointing",) if config.model.activation_checkpointing == "auto" else ()),
@@ -294,12 +305,13 @@ def _build_workload(
 ) -> memory_estimate.DeviceWorkload:
     checkpointing = config.model.activation_checkpointing
     assert checkpointing != "auto", "a plan assumes a value"
+    parts = config.engine.tensor_parallel
     return memory_estimate.DeviceWorkload(
-        model=families.read_model_dims(hf),
+        model=families.read_model_dims(hf).slice_matrices(parts),
         adapter=adapter,
         zero=int(config.engine.zero_stage),
         precision="bf16" if config.train.precision == "bf16" else "fp32",
-        workers=ranks,
+        workers=max(ranks // parts, 1),
         sequence_parallel=config.engine.sequence_parallel,
         micro_batch=batch.get_micro_batch(config),
         sequence_length=config.data.sequence_length,

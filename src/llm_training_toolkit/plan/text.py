@@ -165,12 +165,12 @@ def _format_batch(plan: Plan) -> str:
 
 
 def _format_replica_ranks(plan: Plan) -> str:
-    return f" of {plan.sequence_parallel} workers" if plan.sequence_parallel > 1 else ""
+    return f" of {plan.ranks_per_replica} workers" if plan.ranks_per_replica > 1 else ""
 
 
 def _iter_elastic_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield the batch of an elastic run at every size; sizes with equal numbers of micro-batches share a line."""
-    each = plan.sequence_parallel
+    each = plan.ranks_per_replica
     sizes = range(max(plan.fewest_workers, each), min(plan.workers, each * plan.global_batch) + 1, each)
 
     def count_steps(workers: int) -> int:

@@ -14,10 +14,10 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llm_training_toolkit.config.uri import redact_text
 from llm_training_toolkit.errors import CheckpointError, LaunchError
@@ -31,12 +31,21 @@ _PACKAGES = (
 )
 
 
+class RunLock(Protocol):
+    """Lock or lease of a run, as its holder sees it."""
+
+    def is_lost(self) -> bool:
+        """Return whether the run was taken over or removed since."""
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """Paths of one run, and the storage behind them."""
 
     path: Path
     storage: Storage = field(default_factory=LocalStorage, compare=False, repr=False)
+    lock: RunLock | None = field(default=None, compare=False, repr=False)
+    """Set if this process locked the run."""
 
     @property
     def name(self) -> str:
@@ -128,6 +137,14 @@ class RunDirectory:
         """Sample log of each rank of each attempt, if `failures.log_samples` is set."""
         return self.path / "samples"
 
+    def check_lock(self) -> None:
+        """Raise LaunchError if another command has taken the run since this process locked it, or it was removed."""
+        if self.lock is not None and self.lock.is_lost():
+            raise LaunchError(
+                f"{self.uri}: another command has taken over this run, or it was removed while this command worked on "
+                "it. This command ends and leaves the directory as it is"
+            )
+
     def get_profile_dir(self, attempt: int) -> Path:
         """Return the directory with the profile of each rank, if `profile` is set."""
         return self.path / "profile" / f"attempt_{attempt}"
@@ -156,9 +173,26 @@ def parse_checkpoint_name(path: Path) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+@dataclass(frozen=True)
+class _FileLock:
+    """Lock file that this process locked; a run begun anew in its place has another."""
+
+    path: Path
+    device: int
+    inode: int
+
+    def is_lost(self) -> bool:
+        """Return whether another file, or none, has the name; False if the file system does not tell."""
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)
+        return (found.st_dev, found.st_ino) != (self.device, self.inode)
+
+
 @contextmanager
-def lock_run_directory(run: RunDirectory) -> Iterator[None]:
-    """Lock the run for this process; the lock ends with the process, however it ends.
+def lock_run_directory(run: RunDirectory) -> Iterator[RunDirectory]:
+    """Lock the run for this process and yield it with its lock, which ends with the process, however it ends.
 
     Raises LaunchError if another process holds it: two writers would interleave their checkpoints.
     """
@@ -184,7 +218,8 @@ def lock_run_directory(run: RunDirectory) -> Iterator[None]:
         with suppress(OSError):  # the note is a courtesy, and a full disk may have room again in a moment
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
+        opened = os.fstat(lock.fileno())
+        yield replace(run, lock=_FileLock(run.path / "lock", opened.st_dev, opened.st_ino))
 
 
 def collect_environment() -> dict[str, Any]:

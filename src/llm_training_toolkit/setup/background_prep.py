@@ -3,13 +3,15 @@
     driver ── starts ──> this module, with run and configuration ── rewrites ──> data/dataset_info.json
     ranks, at a step without its epoch ── wait for ──> data/dataset_info.json
 
-The process reads a pipe: first the configuration, with the addresses that the run directory does not store whole.
-The driver holds it open, and the process exits when it closes.
+The process reads a pipe: first the configuration, with the addresses that the run directory does not store whole, then
+the SHA-256 of the dataset info that it adds to. The driver holds it open, and the process exits when it closes. If the
+run directory has another dataset info, the run was removed or begun anew, and the process writes nothing more.
 """
 
 from __future__ import annotations
 
 import _thread
+import hashlib
 import json
 import os
 import subprocess
@@ -63,6 +65,7 @@ def prepare_in_background(run: RunDirectory, config: Config, facts: DataFacts, c
     assert process.stdin is not None
     with suppress(BrokenPipeError):  # it has died: `_watch_process` says so
         process.stdin.write(json.dumps(json.loads(dump_config_json(config))).encode() + b"\n")
+        process.stdin.write(_compute_info_digest(run).encode() + b"\n")
         process.stdin.flush()
     ending = threading.Event()
     watch = threading.Thread(
@@ -94,6 +97,8 @@ def _watch_process(
     """Warn as soon as later epochs cannot be prepared, also if the process is killed for its memory."""
     if process.wait() == 0 or ending.is_set():
         return
+    if run.lock is not None and run.lock.is_lost():
+        return
     state, why = read_preparation_state(run)
     if state == "working":
         why = f"the process that prepares them ended with {process.returncode}; see {log}"
@@ -101,13 +106,20 @@ def _watch_process(
     console.show_event(WarningEvent(f"later epochs cannot be prepared, the run ends before them: {why}"))
 
 
-def prepare_remaining_epochs(run: RunDirectory, config: Config) -> None:
-    """Prepare epoch after epoch until the run has all it needs. Raises DataError if that is impossible."""
+class _RunReplacedError(Exception):
+    """Removal of the run while its later epochs were prepared; perhaps it was begun anew."""
+
+
+def _prepare_remaining_epochs(run: RunDirectory, config: Config, digest: str) -> None:
+    """Add epoch after epoch until the run has all it needs. Raises DataError if that is impossible, _RunReplacedError.
+
+    `digest` is that of the dataset info that the driver wrote.
+    """
+    _check_not_replaced(run, digest)
     config = recall_plan(config, run.path)
     resume_state = read_resume_state(run)
     dataset_info = resume_state.dataset_info
-    if dataset_info is None:
-        raise DataError(f"{run.path}: is no run that has begun")
+    assert dataset_info is not None, "it has a digest"
     work = DatasetBuilder(config, get_tokenization_spec(config), None, render_in_process)
     if work.fingerprint != dataset_info.fingerprint:
         raise DataError(
@@ -116,7 +128,23 @@ def prepare_remaining_epochs(run: RunDirectory, config: Config) -> None:
         )
     while not is_prepared(config, build_data_facts(dataset_info, resume_state.step, resume_state.sequences)):
         dataset_info = work.build_epochs(_plan_next_epoch(config, dataset_info, resume_state)).dataset_info
+        _check_not_replaced(run, digest)
         write_atomically(run.dataset_info_path, dataset_info.to_json())
+        digest = _compute_info_digest(run)
+
+
+def _check_not_replaced(run: RunDirectory, digest: str) -> None:
+    """Raise _RunReplacedError unless the run still has the dataset info that this process or its driver wrote."""
+    try:
+        found = _compute_info_digest(run)
+    except FileNotFoundError as error:
+        raise _RunReplacedError from error
+    if found != digest:
+        raise _RunReplacedError
+
+
+def _compute_info_digest(run: RunDirectory) -> str:
+    return hashlib.sha256(run.dataset_info_path.read_bytes()).hexdigest()
 
 
 def _plan_next_epoch(config: Config, dataset_info: DatasetInfo, resume_state: ResumeState) -> list[int]:
@@ -136,11 +164,12 @@ def main() -> None:
     run = RunDirectory(Path(sys.argv[1]))
     with open(0, "rb", buffering=0, closefd=False) as driver:
         config = parse_config_json(driver.readline().decode(), where="the driver's configuration")
+        digest = driver.readline().decode().strip()
     threading.Thread(target=_exit_with_driver, daemon=True, name="driver").start()
     os.nice(_NICENESS)
     try:
-        prepare_remaining_epochs(run, config)
-    except KeyboardInterrupt:
+        _prepare_remaining_epochs(run, config, digest)
+    except (KeyboardInterrupt, _RunReplacedError):
         return
     except (ToolkitError, OSError, MemoryError) as error:
         write_preparation_state(run, "failed", str(error) or type(error).__name__)

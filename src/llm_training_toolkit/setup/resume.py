@@ -13,6 +13,7 @@ from llm_training_toolkit.data.prepare.builder import DatasetBuilder
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo, PreparedDataset
 from llm_training_toolkit.data.prepare.epochs import build_data_facts
 from llm_training_toolkit.errors import CheckpointError, ConfigError, DataError, PlanError
+from llm_training_toolkit.families import ASSUMED_DIMENSIONS
 from llm_training_toolkit.plan import DataFacts, Plan, with_precision
 from llm_training_toolkit.plan.horizon import is_prepared
 from llm_training_toolkit.runs.directory import RunDirectory
@@ -119,9 +120,15 @@ def check_checkpoint_size(resume_state: ResumeState, plan: Plan) -> None:
         return
     saved = sum(math.prod(shape) for shape in resume_state.manifest.shapes.values())
     if saved != plan.trainable_parameters:
+        remedy = "take the model back, or start a new run under another run.name"
+        if ASSUMED_DIMENSIONS in plan.estimated:
+            remedy = (
+                f"this size is assumed by the name {plan.model}, as the hub did not answer for model.path. Give the "
+                "same command again once the hub answers"
+            )
         raise PlanError(
             f"the run's checkpoint holds {saved:,} parameters, the configuration now describes a model of "
-            f"{plan.trainable_parameters:,}: take the model back, or start a new run under another run.name"
+            f"{plan.trainable_parameters:,}: {remedy}"
         )
 
 

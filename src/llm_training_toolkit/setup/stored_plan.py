@@ -35,5 +35,6 @@ def recall_stored_plan(config: Config) -> Config:
         return families.recall_plan_files(config, read_file)
 
     with suppress(OSError, LateError):
-        return start_daemon_call(recall, "recall-plan").result(timeout=PLAN_PATIENCE_SECONDS)
+        recalled = start_daemon_call(recall, "recall-plan").result(timeout=PLAN_PATIENCE_SECONDS)
+        return config if families.is_plan_assumed(recalled.begun_plan) else recalled
     return config

@@ -60,9 +60,9 @@ class TrainerComponents:
     @property
     def replica(self) -> int:
         """Replica of this rank: ranks of one replica work on the same sequences."""
-        return self.context.rank // self.plan.sequence_parallel
+        return self.context.rank // self.plan.ranks_per_replica
 
     @property
     def replicas(self) -> int:
         """Number of replicas, among which the sequences of a step are divided."""
-        return self.context.world_size // self.plan.sequence_parallel
+        return self.context.world_size // self.plan.ranks_per_replica

@@ -162,7 +162,7 @@ def train_step(components: TrainerComponents, state: TrainState) -> tuple[TrainS
     loss_sum = components.engine.forward_backward(data.micro_batches, data.loss_tokens, set_micro_batch_phase)
     context.heartbeat.set_phase(f"step {step + 1}, adding up the losses", timeout_factor)
     # A forward pass that waits for other ranks' weights or tokens measures them too.
-    waits = components.engine.stage == 3 or components.plan.sequence_parallel > 1
+    waits = components.engine.stage == 3 or components.plan.ranks_per_replica > 1
     own_seconds = 0.0 if waits else data_seconds + components.engine.forward_seconds
     results = _all_reduce_step_results(components, loss_sum, step + 1, own_seconds, data.attended_tokens)
     loss, straggler = results.loss_sum / max(data.loss_tokens, 1), results.slowest_rank
@@ -199,7 +199,7 @@ def _read_step_data(components: TrainerComponents, step: int) -> StepData:
     )
     _prefetch_step(components, step + 1)
     own_micro_batches = micro_batches[: -(-len(sample_indices) // plan.micro_batch)]  # padding follows them
-    if components.context.rank % plan.sequence_parallel:
+    if components.context.rank % plan.ranks_per_replica:
         own_micro_batches = []  # counted by the first rank of the replica
     return StepData(
         sample_indices,

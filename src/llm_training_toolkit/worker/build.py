@@ -29,16 +29,19 @@ from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent
 from llm_training_toolkit.distributed.node_group import NodeGroup, form_node_group
 from llm_training_toolkit.distributed.sequence_group import form_sequence_group
+from llm_training_toolkit.distributed.tensor_group import form_tensor_group
 from llm_training_toolkit.engine import Engine, gathered_parameter, prepare_deepspeed, zero3_init
 from llm_training_toolkit.errors import CheckpointError, PlanError
 from llm_training_toolkit.models import (
     LossModule,
     build_model,
     check_parameter_count,
+    count_parameters,
     initialize_weights,
     resize_embeddings,
 )
 from llm_training_toolkit.models.build import DTYPES
+from llm_training_toolkit.models.tensor_parallel import TensorParallelModel, build_tensor_parallel_model
 from llm_training_toolkit.models.weight_stream import WeightStream, check_weights_by_readers
 from llm_training_toolkit.plan import Plan
 from llm_training_toolkit.runs.directory import RunDirectory, check_run
@@ -132,25 +135,19 @@ def _build_engine(
     # Under ZeRO-3 transformers reads on rank 0 and partitions on the way.
     streamed = WeightStream(path, context, node) if path is not None and plan.zero < 3 else nullcontext()
     with zero3_init(plan.deepspeed), streamed as stream:
-        model = build_model(
-            _get_trained_hf_config(origin, plan) if origin and loads else plan.hf_config,
-            precision=plan.precision,
-            attention=model_section.attn_implementation,
-            path=path,
-            stream=stream,
-            activation_checkpointing=plan.activation_checkpointing,
-            four_bits=plan.adapter is not None and plan.adapter.quantize is not None,
-            device=context.device if plan.zero < 3 else None,
-        )
+        hf_config = _get_trained_hf_config(origin, plan) if origin and loads else plan.hf_config
+        model, cut = _build_model(config, plan, context, hf_config, path=path, stream=stream)
+        whole = gathered_parameter if cut is None else cut.whole_parameter
         if path is not None and model_section.resize_vocab_to is not None:
-            resize_embeddings(model, model_section.resize_vocab_to, gathered_parameter)
-        check_parameter_count(model, plan.parameters, model_section.name)
+            resize_embeddings(model, model_section.resize_vocab_to, whole)
+        found = count_parameters(model) if cut is None else cut.count_parameters(model)
+        check_parameter_count(found, plan.parameters, model_section.name)
         if origin is None and path is None:
-            initialize_weights(model, config.run.seed, gathered_parameter)
+            initialize_weights(model, config.run.seed, whole)
         hf_config = model.config.to_dict()  # type: ignore[union-attr, operator]
         hf_config.pop("quantization_config", None)  # of these ranks, not of the weights
         group = form_sequence_group(context, config.engine.sequence_parallel)
-        module = LossModule(model, model_section.loss_chunk_size, config.train.router_balance, group)
+        module = LossModule(model, model_section.loss_chunk_size, config.train.router_balance, group, cut)
         _add_adapters(module, model, config, plan)
         if plan.compile:
             module.compile_layers()
@@ -158,6 +155,40 @@ def _build_engine(
         module, config.optim, plan.deepspeed, context.device, zero_stage=plan.zero, offload=config.engine.offload
     )
     return engine, hf_config
+
+
+def _build_model(
+    config: Config,
+    plan: Plan,
+    context: RunContext,
+    hf_config: Mapping[str, Any],
+    *,
+    path: str | None,
+    stream: WeightStream | None,
+) -> tuple[nn.Module, TensorParallelModel | None]:
+    """Build the model with the weights at `path`, if given, and cut it over the ranks of a replica if they share it."""
+    group = form_tensor_group(context, config.engine.tensor_parallel)
+    if group is not None:
+        return build_tensor_parallel_model(
+            hf_config,
+            group,
+            context.device,
+            precision=plan.precision,
+            attention=config.model.attn_implementation,
+            stream=stream,
+            activation_checkpointing=plan.activation_checkpointing,
+        )
+    model = build_model(
+        hf_config,
+        precision=plan.precision,
+        attention=config.model.attn_implementation,
+        path=path,
+        stream=stream,
+        activation_checkpointing=plan.activation_checkpointing,
+        four_bits=plan.adapter is not None and plan.adapter.quantize is not None,
+        device=context.device if plan.zero < 3 else None,
+    )
+    return model, None
 
 
 def _add_adapters(module: LossModule, model: nn.Module, config: Config, plan: Plan) -> None:

@@ -64,6 +64,7 @@ def _build_manifest_extra(built: BuiltModel, plan: Plan) -> dict[str, Any]:
         "micro_batch": plan.micro_batch,
         "compile": plan.compile,
         "sequence_parallel": plan.sequence_parallel,
+        "tensor_parallel": plan.tensor_parallel,
     }
     optional = {"base": built.base, HUB_KEY: built.hub}
     return extra | {key: value.to_json() for key, value in optional.items() if value is not None}
@@ -88,5 +89,11 @@ def _warn_of_rounding_changes(
 
 def _format_computation(extra: Mapping[str, Any]) -> str:
     """Format how layers are computed, by the facts beside a checkpoint's weights; empty if they are as usual."""
-    shared = extra.get("sequence_parallel", 1)
-    return (", compiled" if extra.get("compile", False) else "") + (f", {shared} to a row" if shared > 1 else "")
+    shared, cut = extra.get("sequence_parallel", 1), extra.get("tensor_parallel", 1)
+    return "".join(
+        (
+            ", compiled" if extra.get("compile", False) else "",
+            f", {shared} to a row" if shared > 1 else "",
+            f", {cut} to a matrix" if cut > 1 else "",
+        )
+    )

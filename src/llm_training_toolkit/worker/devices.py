@@ -113,12 +113,14 @@ def find_placement_warnings(placements: Sequence[RankPlacement], config: Config)
     if len(models) > 1:
         on = ", ".join(f"{_format_ranks(ranks)} on {model}" for model, ranks in models.items())
         said.append(f"GPUs of several models: {on}. Every step takes as long as on the slowest, with equal shares")
-    parted = find_parted_replicas([placement.node for placement in placements], config.engine.sequence_parallel)
+    engine = config.engine
+    parted = find_parted_replicas([placement.node for placement in placements], engine.ranks_per_replica)
     if parted:
         of = ", ".join(_format_ranks(ranks) for ranks in parted)
+        what = "rows (engine.sequence_parallel)" if engine.tensor_parallel == 1 else "matrices (engine.tensor_parallel)"
         said.append(
-            f"{of} share rows (engine.sequence_parallel) on several nodes, and exchange tokens between them in every "
-            "layer: let each node have a multiple of it"
+            f"{of} share {what} on several nodes, and send between them in every layer: let each node have a multiple "
+            "of it"
         )
     each = config.cluster.cpus_per_worker
     for node, ranks in _group_ranks([placement.node for placement in placements]).items():
@@ -131,11 +133,11 @@ def find_placement_warnings(placements: Sequence[RankPlacement], config: Config)
     return said
 
 
-def find_parted_replicas(nodes: Sequence[str], sequence_parallel: int) -> list[list[int]]:
+def find_parted_replicas(nodes: Sequence[str], ranks_per_replica: int) -> list[list[int]]:
     """Return the ranks of each replica that is on several nodes; `nodes` are those of the ranks."""
     # Ranks that make no whole replica are refused elsewhere, by the number of workers.
-    starts = range(0, len(nodes) - sequence_parallel + 1, sequence_parallel)
-    replicas = [list(range(start, start + sequence_parallel)) for start in starts]
+    starts = range(0, len(nodes) - ranks_per_replica + 1, ranks_per_replica)
+    replicas = [list(range(start, start + ranks_per_replica)) for start in starts]
     return [ranks for ranks in replicas if len({nodes[rank] for rank in ranks}) > 1]
 
 

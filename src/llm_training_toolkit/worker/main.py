@@ -269,7 +269,7 @@ def _make_attempt_plan(
 def _build_dataloader(spec: WorkerSpec, context: RunContext, plan: Plan, state: TrainState, attempt: int) -> DataLoader:
     run, config = spec.directory, spec.config
     # Ranks of one replica fetch the same sequences.
-    logs_samples = config.failures.log_samples and context.rank % plan.sequence_parallel == 0
+    logs_samples = config.failures.log_samples and context.rank % plan.ranks_per_replica == 0
     return DataLoader(
         spec.dataset_info,
         global_batch=plan.global_batch,

@@ -160,6 +160,7 @@ class Model:
 
     optimizer = OPTIMIZER
     shapes: Mapping[str, tuple[int, ...]] = {"w": (100,)}
+    column_parts: Mapping[str, int] = {}
 
     def owned_fragments(self) -> list[Part]:
         return [Part(torch.zeros(100))]

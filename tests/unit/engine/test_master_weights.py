@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llm_training_toolkit.distributed.tensor_group import get_all_ranks
 from llm_training_toolkit.engine import allocation
 from llm_training_toolkit.engine.master_weights import MasterWeights
 from llm_training_toolkit.engine.sharded_master_weights import ShardedMasterWeights
@@ -42,9 +43,9 @@ CPU = torch.device("cpu")
 def build(request: pytest.FixtureRequest) -> Build:
     """The classes of ZeRO 0 and of ZeRO 1, the latter also with the fp32 weights in host memory."""
     kinds: dict[str, Build] = {
-        "replica": MasterWeights,
-        "sharded": lambda parameters: ShardedMasterWeights(parameters, CPU, offload=False),
-        "offload": lambda parameters: ShardedMasterWeights(parameters, CPU, offload=True),
+        "replica": lambda parameters: MasterWeights(parameters, get_all_ranks()),
+        "sharded": lambda parameters: ShardedMasterWeights(parameters, CPU, get_all_ranks(), offload=False),
+        "offload": lambda parameters: ShardedMasterWeights(parameters, CPU, get_all_ranks(), offload=True),
     }
     return kinds[request.param]
 

@@ -107,6 +107,19 @@ def test_a_claim_ends_with_its_block_also_after_an_error(run: RunDirectory) -> N
         pass
 
 
+def test_a_run_that_was_removed_or_begun_anew_is_lost_to_its_holder(run: RunDirectory) -> None:
+    run.check_lock()  # of a process that did not lock it
+    with lock_run_directory(run) as locked:
+        locked.check_lock()
+        run.path.rename(run.path.with_name("removed"))
+        with pytest.raises(LaunchError, match="leaves the directory as it is"):
+            locked.check_lock()
+        with lock_run_directory(run) as anew:
+            anew.check_lock()
+            with pytest.raises(LaunchError, match="leaves the directory as it is"):
+                locked.check_lock()
+
+
 def test_a_run_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from checkpoints import build_manifest
 from hub_server import hub, silent_server, use_hub
 from llm_training_toolkit.commands.init import StarterRequest, TrainingMachine, format_starter_config
 from llm_training_toolkit.commands.plan import plan_run
@@ -17,9 +18,11 @@ from llm_training_toolkit.config import Config, dump_config_json, parse_config
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.families import FAMILIES, count_parameters, recall_plan
 from llm_training_toolkit.plan import Plan, make_plan, with_precision
+from llm_training_toolkit.runs.atomic_write import write_atomically
 from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.setup import hub_weights
 from llm_training_toolkit.setup.hub_weights import ask_for_size, ensure_known_size
+from llm_training_toolkit.setup.resume import ResumeState, check_checkpoint_size
 from tiny_models import DECODER, SHAPES, UNKNOWN_QWEN2
 
 ID = "someone/My-Model"
@@ -162,6 +165,33 @@ def test_a_begun_run_knows_its_size_from_its_directory_wherever_that_is(
     assert dump_config_json(recalled) == dump_config_json(again)
     other = again.model_copy(update={"model": again.model.model_copy(update={"revision": "v2"})})
     assert recall_plan(other, mirror).begun_plan == {}
+
+
+def test_dimensions_by_name_are_replaced_once_the_hub_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_weights, "PLAN_PATIENCE_SECONDS", 0.2)
+    config = hub_config("someone/qwen3-0.6b")  # the name of a known size, of other dimensions
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(tmp_path)})})
+    with silent_server() as endpoint:
+        use_hub(endpoint, monkeypatch)
+        assert ask_for_size(config) is not None
+    assumed = make_plan(config)
+    assert "hf_config" in assumed.estimated
+    run = RunDirectory(tmp_path / config.run.name)
+    write_atomically(run.resolved_config_path, dump_config_json(config))
+    write_atomically(run.plan_path, json.dumps(assumed.to_json()))
+    on_rank = make_plan(recall_plan(config, run.path))
+    assert (on_rank.hf_config, "hf_config" in on_rank.estimated) == (assumed.hf_config, True)
+
+    with pytest.raises(PlanError, match="once the hub answers"):
+        check_checkpoint_size(ResumeState(build_manifest(3), config, None), assumed)
+
+    monkeypatch.setattr(hub_weights, "PLAN_PATIENCE_SECONDS", 12.0)
+    with hub("someone/qwen3-0.6b", hub_files(QWEN3, "qwen3"), "models") as endpoint:
+        use_hub(endpoint, monkeypatch)
+        assert ask_for_size(config) is not None
+    plan = make_plan(config)
+    assert plan.hf_config["hidden_size"] == QWEN3["hidden_size"]
+    assert "hf_config" not in plan.estimated
 
 
 def test_weights_alone_resume_a_run_that_began_with_their_name(tmp_path: Path) -> None:

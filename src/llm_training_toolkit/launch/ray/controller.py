@@ -89,6 +89,7 @@ class TrainController:
             self._report_scaling(
                 previous_size, size, {node.address: excluded.get(node.address, "") for node in unschedulable}
             )
+            self._run.check_lock()
             previous_attempt = find_last_attempt(self._run)
             self._group = WorkerGroup(
                 WorkerGroupSpec(self._run_spec, size, unschedulable, frozenset(excluded), requested_at), self._console
@@ -99,6 +100,7 @@ class TrainController:
             requested_at = 0.0
             self._refresh_run_files()
             if group_result.result is None:
+                self._run.check_lock()  # the newest attempt may be of a run that was begun anew
                 self._handle_failure(group_result, previous_attempt, size)
             elif group_result.result["status"] != "drained":
                 return group_result.result

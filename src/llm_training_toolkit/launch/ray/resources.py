@@ -23,7 +23,7 @@ def build_resource_request(config: Config, gpus_there: float, console: Console) 
         cluster_config.max_workers,
         compute_worker_resources(config, gpus_there),
         cluster_config.placement_strategy,
-        config.engine.sequence_parallel,
+        config.engine.ranks_per_replica,
     )
 
 
@@ -64,7 +64,7 @@ class ResourceRequest:
     placement: str
     """`cluster.placement_strategy`."""
     multiple: int = 1
-    """Workers of a replica, `engine.sequence_parallel`: a group has whole replicas."""
+    """Workers of a replica, `engine.sequence_parallel` or `engine.tensor_parallel`: a group has whole replicas."""
 
     def round_to_replicas(self, workers: int) -> int:
         """Return the workers of the whole replicas among so many."""

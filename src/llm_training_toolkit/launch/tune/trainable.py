@@ -171,10 +171,10 @@ class _TrialRunner:
         return RunDirectory(Path(self._spec.run))
 
     def _train_to_end(self) -> dict[str, Any]:
-        run, config = self._run_directory, parse_config_json(self._spec.config)
+        config = parse_config_json(self._spec.config)
         self._release_placement_groups()
         with (
-            _wait_for_run_lock(run),
+            _wait_for_run_lock(self._run_directory) as run,
             (run.path / "trial.log").open("a") as log,
             TerminalStream(log.fileno()) as stream,  # a full disk must not end the trial
         ):
@@ -262,19 +262,19 @@ def wait_for_metrics(metrics: Path, step: int, metric: str, within: float = _MET
 
 
 @contextmanager
-def _wait_for_run_lock(run: RunDirectory) -> Iterator[None]:
-    """Hold the run's lock, once the processes of a killed driver have released it. Raises LaunchError."""
+def _wait_for_run_lock(run: RunDirectory) -> Iterator[RunDirectory]:
+    """Yield the run, locked, once the processes of a killed driver have released it. Raises LaunchError."""
     end = time.monotonic() + _LOCK_TIMEOUT_SECONDS
     while True:
         lock = lock_run_directory(run)
         try:
-            lock.__enter__()
+            locked_run = lock.__enter__()
             break
         except LaunchError:
             if time.monotonic() > end:
                 raise
             time.sleep(_POLL_SECONDS)
     try:
-        yield
+        yield locked_run
     finally:
         lock.__exit__(None, None, None)

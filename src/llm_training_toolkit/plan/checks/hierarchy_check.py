@@ -40,7 +40,7 @@ def _find_size_problems(config: Config, ranks: int | None) -> Iterator[Problem]:
     """Find workers that groups of this size never divide; without Ray only the ranks that were started are known."""
     size, fewest, most = config.engine.zero_hpz_partition_size, config.cluster.min_workers, config.cluster.max_workers
     if fewest < most:
-        each = math.lcm(size, config.engine.sequence_parallel)  # an elastic run has whole replicas at every size
+        each = math.lcm(size, config.engine.ranks_per_replica)  # an elastic run has whole replicas at every size
         whole, named = most // each * each >= fewest, f"no number from {fewest} to {most} workers"
     else:
         workers = ranks or most

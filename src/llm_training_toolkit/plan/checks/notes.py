@@ -21,7 +21,7 @@ def collect_notes(config: Config, size: ModelSize, hf: HfValues, ranks: tuple[in
     """Return notes on valid but noteworthy settings; `ranks` = (fewest, most)."""
     return (
         *_collect_precision_notes(config, ranks[1]),
-        *_collect_batch_notes(config, *(count_replicas(each, config.engine.sequence_parallel) for each in ranks)),
+        *_collect_batch_notes(config, *(count_replicas(each, config.engine.ranks_per_replica) for each in ranks)),
         *_collect_model_notes(config, size, hf),
         *_collect_evaluation_notes(config),
         *_collect_environment_notes(config),

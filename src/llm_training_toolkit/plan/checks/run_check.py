@@ -213,7 +213,7 @@ def find_memory_problems(memory_gb: Mapping[str, float]) -> tuple[Problem, ...]:
 
 def _find_batch_problems(config: Config, ranks: int) -> Iterator[Problem]:
     batch = config.train.global_batch_size
-    most = batch * config.engine.sequence_parallel
+    most = batch * config.engine.ranks_per_replica
     if ranks > most:
         sequences, workers = format_plural(batch, "sequence"), format_plural(most, "worker")
         what = f"{ranks:,} workers share {sequences}, so {ranks - most:,} would have none"

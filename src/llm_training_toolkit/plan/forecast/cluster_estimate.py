@@ -118,9 +118,9 @@ def resolve_for_hardware(config: Config, hardware: ClusterHardware) -> tuple[Con
 
     An `auto` micro-batch takes part in the choice and stays `auto`, because it depends on the number of workers.
     """
-    ranks = config.cluster.min_workers or config.engine.sequence_parallel  # memory per device peaks with the fewest
+    ranks = config.cluster.min_workers or config.engine.ranks_per_replica  # memory per device peaks with the fewest
     config = with_faster_precision(config, hardware)
-    if count_replicas(ranks, config.engine.sequence_parallel) > config.train.global_batch_size:
+    if count_replicas(ranks, config.engine.ranks_per_replica) > config.train.global_batch_size:
         return config, ()
     choice = choose_memory_settings(config, ranks, 1e9 * get_worker_memory_gb(config, hardware))
     reasons = tuple(str(reason) for reason in choice.reasons if reason.key != "train.micro_batch_size")
@@ -254,7 +254,7 @@ def _find_placement_problems(
 def compute_max_workers(config: Config, hardware: ClusterHardware, per_node: int) -> int:
     """Return the workers that the largest cluster of the file holds with this placement strategy."""
     limits = {"strict_pack": per_node, "strict_spread": hardware.nodes}
-    each = config.engine.sequence_parallel
+    each = config.engine.ranks_per_replica
     return limits.get(config.cluster.placement_strategy, hardware.nodes * per_node) // each * each
 
 
@@ -314,7 +314,7 @@ def get_worker_memory_gb(config: Config, hardware: ClusterHardware) -> float:
     if hardware.is_cpu:  # an offload and a checkpoint's copy share the memory of the machine with the rest
         return (
             memory
-            - estimate_host_bytes(plan_workload(config, config.cluster.min_workers or config.engine.sequence_parallel))
+            - estimate_host_bytes(plan_workload(config, config.cluster.min_workers or config.engine.ranks_per_replica))
             / 1e9
         )
     return max(memory - CUDA_RUNTIME_BYTES / 1e9, 0.0)

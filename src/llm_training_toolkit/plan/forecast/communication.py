@@ -92,6 +92,18 @@ def count_token_bytes(
     return passes * tokens * each * (2 if checkpointing == "none" else 3)
 
 
+def count_summed_bytes(
+    model: ModelDims, width: int, tokens: int, passes: int, checkpointing: ActivationCheckpointing
+) -> int:
+    """Count what a worker sends in a step to sum outputs of cut matrices, without (n - 1) / n of n such ranks.
+
+    Every layer has two all-reduces forward and two backward, each of twice the hidden state in a ring. Recomputation
+    repeats the one behind attention; it ends before a layer's last product.
+    """
+    each = 2 * width * model.layers * model.hidden
+    return passes * tokens * each * (4 if checkpointing == "none" else 5)
+
+
 def _count_kept_weights(load: ExchangeWorkload) -> int:
     """Return the weights that stage 3 keeps from the forward pass for the backward pass.
 

@@ -150,7 +150,7 @@ def list_worker_counts(config: Config, hardware: ClusterHardware) -> list[int]:
 
     Each is a multiple of a replica's workers; the workers of whole nodes are rounded down to one.
     """
-    per_node, each = hardware.get_workers_per_node(config.cluster.cpus_per_worker), config.engine.sequence_parallel
+    per_node, each = hardware.get_workers_per_node(config.cluster.cpus_per_worker), config.engine.ranks_per_replica
     most = min(compute_max_workers(config, hardware, per_node), each * config.train.global_batch_size)
     powers = [2**exponent for exponent in range(most.bit_length())]
     on_one = [each * power for power in powers if each * power < per_node]

@@ -11,6 +11,7 @@ from llm_training_toolkit.plan.batch import compute_accumulation_steps
 from llm_training_toolkit.plan.forecast.communication import (
     ExchangeWorkload,
     count_exchanged_bytes,
+    count_summed_bytes,
     count_token_bytes,
     read_reuse_distance,
 )
@@ -86,9 +87,10 @@ def _build_compute_workload(plan: Plan, rows: int) -> ComputeWorkload:
     attended = min(plan.sequence_length, flops.window or plan.sequence_length)
     attention = repeated * flops.per_attended_token * attended
     quantized = plan.adapter is not None and plan.adapter.quantize is not None
+    each = plan.tensor_parallel
     return ComputeWorkload(
-        product_flops=compute_hardware_flops_per_token(plan) - attention,
-        attention_flops=attention,
+        product_flops=(compute_hardware_flops_per_token(plan) - attention) / each,
+        attention_flops=attention / each,
         hidden=dims.hidden,
         layers=dims.layers,
         pass_tokens=rows * plan.sequence_length // plan.sequence_parallel,
@@ -99,17 +101,21 @@ def _build_compute_workload(plan: Plan, rows: int) -> ComputeWorkload:
 
 
 def compute_hardware_flops_per_token(plan: Plan) -> float:
-    """Return FLOPs per token, recomputation included; a forward pass is a third of training the whole model."""
+    """Return FLOPs per token, with what is computed again; a forward pass is a third of training the whole model.
+
+    Ranks that hold slices of the matrices compute the output layer each.
+    """
     forward = families.compute_flops_per_token(plan.hf_config, plan.sequence_length) / 3
     dims = families.read_model_dims(plan.hf_config)
-    return plan.flops_per_token + count_recomputed_flops(plan.activation_checkpointing, dims, plan.adapter, forward)
+    recomputed = count_recomputed_flops(plan.activation_checkpointing, dims, plan.adapter, forward)
+    return plan.flops_per_token + recomputed + (plan.tensor_parallel - 1) * 6 * dims.hidden * dims.vocab
 
 
 def build_exchange_workload(plan: Plan, micro_batch: int) -> ExchangeWorkload:
     """Return what the exchange of a step depends on."""
     return ExchangeWorkload(
         zero=plan.zero,
-        trained=plan.trainable_parameters,
+        trained=count_trained_parameters(plan),
         parameters=plan.parameters + (plan.trainable_parameters if plan.adapter else 0),
         width=2 if plan.precision == "bf16" else 4,
         passes=compute_accumulation_steps(plan.global_batch, plan.replicas, micro_batch),
@@ -119,6 +125,13 @@ def build_exchange_workload(plan: Plan, micro_batch: int) -> ExchangeWorkload:
         gradient_width=2 if plan.deepspeed["communication_data_type"] == "bf16" else 4,
         overlaps_gradients=bool(plan.deepspeed["zero_optimization"].get("overlap_comm")),
     )
+
+
+def count_trained_parameters(plan: Plan) -> int:
+    """Return the trained parameters that a rank has gradients of: with cut matrices only its slices of them."""
+    if plan.tensor_parallel == 1:
+        return plan.trainable_parameters
+    return families.read_model_dims(plan.hf_config).slice_matrices(plan.tensor_parallel).total_parameters
 
 
 def estimate_exchange_seconds(
@@ -133,21 +146,23 @@ def estimate_exchange_seconds(
     overlapped = exchange.overlapped * each
     if exchange.grouped:
         overlapped += exchange.grouped * compute_group_seconds_per_byte(plan, hardware, nodes, load.second_partition)
-    return overlapped, exchange.exposed * each + _estimate_token_seconds(plan, micro_batch, hardware, nodes)
+    return overlapped, exchange.exposed * each + _estimate_replica_seconds(plan, micro_batch, hardware, nodes)
 
 
-def _estimate_token_seconds(plan: Plan, micro_batch: int, hardware: ClusterHardware, nodes: int) -> float:
-    """Return the seconds in which a worker sends tokens of the rows that it shares; 0 without such rows.
+def _estimate_replica_seconds(plan: Plan, micro_batch: int, hardware: ClusterHardware, nodes: int) -> float:
+    """Return the seconds in which a worker sends to those of its replica; 0 if it is one by itself.
 
-    Replicas of consecutive workers are within nodes, or some lie on two, and all workers of a node share its link.
+    They exchange tokens of the rows, or sum the outputs of the matrices, that they share. Replicas of consecutive
+    workers are within nodes, or some lie on two, and all workers of a node share its link.
     """
-    each = plan.sequence_parallel
+    each = plan.ranks_per_replica
     if each == 1:
         return 0.0
-    sent = count_token_bytes(
+    count = count_token_bytes if plan.sequence_parallel > 1 else count_summed_bytes
+    sent = count(
         families.read_model_dims(plan.hf_config),
         2 if plan.precision == "bf16" else 4,
-        micro_batch * plan.sequence_length // each,
+        micro_batch * plan.sequence_length // plan.sequence_parallel,
         compute_accumulation_steps(plan.global_batch, plan.replicas, micro_batch),
         plan.activation_checkpointing,
     )
@@ -160,9 +175,14 @@ def compute_seconds_per_byte(plan: Plan, hardware: ClusterHardware, nodes: int) 
     """Return the seconds that the slowest link takes for a byte of an exchange.
 
     In a ring every worker sends (n - 1) / n of what is reduced or gathered. NCCL's rings enter and leave a node once,
-    so all links of a node together carry as much as one device sends.
+    so all links of a node together carry as much as one device sends. Workers that hold slices of the matrices are in
+    as many rings, which share the link.
     """
     links, workers = hardware.bandwidth_gb_per_s, plan.ranks
+    if plan.tensor_parallel > 1:
+        link = links.within_node if nodes == 1 else min(links.within_node, links.between_nodes / plan.tensor_parallel)
+        peers = plan.replicas
+        return (peers - 1) / peers / (1e9 * link)
     if nodes == 1:
         link = links.within_node
     elif workers > nodes:

@@ -131,14 +131,17 @@ def find_smaller_micro_batch(config: Config, ranks: int, micro_batch: int) -> in
 
 def _get_largest_share(config: Config, ranks: int) -> int:
     """Return the sequences of the replica with the most."""
-    replicas = count_replicas(ranks, config.engine.sequence_parallel)
+    replicas = count_replicas(ranks, config.engine.ranks_per_replica)
     return split_global_batch(config.train.global_batch_size, replicas)[0]
 
 
 def _list_zero_stages(config: Config, ranks: int) -> tuple[int, ...]:
-    """Return the stages of `auto`; for one worker only the first, because higher ones have nothing to shard."""
+    """Return the stages of `auto`; for one worker only the first, because higher ones have nothing to shard.
+
+    So it is for one replica of workers that hold slices of the same matrices.
+    """
     stages = get_candidate_zero_stages(config)
-    return stages[:1] if ranks == 1 else stages
+    return stages[:1] if ranks == config.engine.tensor_parallel else stages
 
 
 def _list_even_micro_batches(share: int) -> list[int]:

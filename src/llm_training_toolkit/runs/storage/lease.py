@@ -51,6 +51,13 @@ class Lease:
         self.renewals += 1
         return self._rewrite({"renewals": self.renewals}) and not self._is_superseded()
 
+    def is_lost(self) -> bool:
+        """Return whether the run was taken over or removed; False if the store does not tell."""
+        try:
+            return not self.renew()
+        except StorageError:
+            return False
+
     def release(self) -> None:
         """Mark the claim as given back, if it is still this one's. Raises StorageError."""
         self._rewrite({"given_back": True})
@@ -70,7 +77,7 @@ class Lease:
 
 
 @contextmanager
-def hold_lease(bucket: S3Client, say: Say) -> Iterator[None]:
+def hold_lease(bucket: S3Client, say: Say) -> Iterator[Lease]:
     """Hold the lease on a run for this process; first wait to see whether an earlier holder is alive.
 
     Raises LaunchError if it is, or if the store has no conditional writes; StorageError.
@@ -80,7 +87,7 @@ def hold_lease(bucket: S3Client, say: Say) -> Iterator[None]:
     renewing = threading.Thread(target=_renew_lease, args=(lease, ending, say), daemon=True, name="claim")
     renewing.start()
     try:
-        yield
+        yield lease
     finally:
         ending.set()
         renewing.join()
@@ -134,10 +141,16 @@ def _wait_for_free_number(bucket: S3Client, say: Say) -> int:
 def _renew_lease(lease: Lease, ending: threading.Event, say: Say) -> None:
     """Renew until `ending`, or until the run is another's; retry if the store does not answer."""
     while not ending.wait(RENEWED_EVERY):
-        with suppress(StorageError):
-            if not lease.renew():
-                say("warning: this run was taken over, or removed; this process ends when it next saves")
-                return
+        try:
+            is_held = lease.renew()
+        except StorageError:
+            continue
+        except Exception as error:  # noqa: BLE001 - the edge of a thread, without which the lease of a healthy run ends
+            say(f"warning: the lease of this run could not be renewed ({type(error).__name__}: {error}); trying again")
+            continue
+        if not is_held:
+            say("warning: this run was taken over, or removed; this process ends when it next saves")
+            return
 
 
 def _build_lease_key(number: int) -> str:

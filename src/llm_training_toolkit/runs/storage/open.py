@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from llm_training_toolkit.config import Config
@@ -32,8 +33,8 @@ def lock_stored_run(address: str, say: Say) -> Iterator[RunDirectory]:
     """Lock and open the run at an address. Raises LaunchError if another process holds it or the store refuses."""
     with ExitStack() as stack:
         with storage_errors():
-            stack.enter_context(hold_lease(S3Client(address), say))
-        yield stack.enter_context(open_worker(address, say))
+            lease = stack.enter_context(hold_lease(S3Client(address), say))
+        yield replace(stack.enter_context(open_worker(address, say)), lock=lease)
 
 
 @contextmanager
@@ -182,7 +183,7 @@ def _flush_periodically(mirror: Storage, ending: threading.Event, say: Say) -> N
         except RunReplacedError as error:
             say(f"warning: {error}")
             return
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - the edge of a thread: boto3 cannot start one of its own, for instance
             if not since:
                 since = time.monotonic()
                 say(f"warning: metrics and logs wait here until the store takes them ({error})")
@@ -206,8 +207,7 @@ def lock_run(place: str, say: Callable[[str], None]) -> Iterator[RunDirectory]:
         with lock_stored_run(place, say) as run:
             yield run
     else:
-        run = RunDirectory(Path(place))
-        with lock_run_directory(run):
+        with lock_run_directory(RunDirectory(Path(place))) as run:
             yield run
 
 

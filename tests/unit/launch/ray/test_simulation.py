@@ -13,10 +13,16 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from llm_training_toolkit.checkpoint import find_latest_checkpoint
 from llm_training_toolkit.config.schema import FailuresConfig
@@ -58,7 +64,7 @@ class RunSimulation(RuleBasedStateMachine):
 
     @initialize()
     def make_run(self) -> None:
-        self.run = RunDirectory(Path(tempfile.mkdtemp()) / "run")
+        self.run = RunDirectory(Path(tempfile.mkdtemp(dir="/dev/shm")) / "run")
         self.groups: list[Group] = []
         self.numbers: list[int] = []
         self.failures_since_checkpoint = 0
@@ -188,10 +194,6 @@ class RunSimulation(RuleBasedStateMachine):
         assert written <= ids
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_no_step_is_lost_or_done_twice_whatever_dies() -> None:
-    from hypothesis.stateful import run_state_machine_as_test
-
     how = settings(max_examples=40, stateful_step_count=30, derandomize=True, database=None, deadline=None)
     run_state_machine_as_test(RunSimulation, settings=how)
