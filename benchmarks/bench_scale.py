@@ -1,7 +1,8 @@
 """Control plane of a run with up to 4,096 ranks, without the ranks: bytes and seconds of each part that grows.
 
     manifest     layout of 963 parameters at ZeRO 3, written and read; the fragments that rank 0 receives for it
-    order        lookup of one rank's rows and of a step's loss tokens, two sequences a rank in the global batch
+    order        lookup of one rank's rows and of a step's loss tokens, two sequences a rank in the global batch, from
+                 one source and from a mixture of three
     attempt      record of an attempt with the place of every rank, written and read
     heartbeats   the driver's actor, its own work for the heartbeats of one second, without Ray's calls
 
@@ -17,6 +18,7 @@ import pickle
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,7 @@ from llm_training_toolkit.worker.devices import RankPlacement
 RANKS = (64, 512, 4096)
 SHAPES = {f"model.layers.{i // 12}.self_attn.projection_{i % 12}.weight": (8192, 1000 + i) for i in range(963)}
 SEQUENCES = 1_000_000
+SHARES = (700_000, 300_000, 48_576)  # of a mixture
 DRAINS_PER_SECOND = 5
 
 Figures = dict[str, float]
@@ -100,14 +103,18 @@ def prepare_order(folder: Path) -> DatasetInfo:
 
 def measure_order(ranks: int, dataset_info: DatasetInfo) -> Figures:
     """A step's lookup on one rank."""
-    dataset = PackedDataset(dataset_info, global_batch=2 * ranks)
-    dataset.count_loss_tokens(0)  # opens the index
+    mixture = replace(dataset_info, streams=tuple(replace(dataset_info.streams[0], share=share) for share in SHARES))
+    found = {}
+    for name, info in {"order_seconds": dataset_info, "mixture_order_seconds": mixture}.items():
+        dataset = PackedDataset(info, global_batch=2 * ranks)
+        dataset.count_loss_tokens(0)  # opens the index
 
-    def look_up() -> None:
-        dataset.get_sequences_at(7, range(ranks, ranks + 2))
-        dataset.count_loss_tokens(7)
+        def look_up(dataset: PackedDataset = dataset) -> None:
+            dataset.get_sequences_at(7, range(ranks, ranks + 2))
+            dataset.count_loss_tokens(7)
 
-    return {"order_seconds": seconds(look_up, repeats=20)}
+        found[name] = seconds(look_up, repeats=20)
+    return found
 
 
 def measure_attempt(ranks: int, folder: Path) -> Figures:
@@ -151,6 +158,7 @@ def table(results: dict[int, Figures]) -> str:
         "manifest read, s": ("manifest_read_seconds", 1),
         "fragments that rank 0 receives, MB": ("received_bytes", 1e-6),
         "lookup of a step on a rank, ms": ("order_seconds", 1e3),
+        "the same, from a mixture of three sources, ms": ("mixture_order_seconds", 1e3),
         "attempt's record, MB": ("attempt_bytes", 1e-6),
         "attempt's record read, ms": ("attempt_read_seconds", 1e3),
         "heartbeats, calls a second": ("heartbeat_calls", 1),

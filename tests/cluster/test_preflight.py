@@ -31,9 +31,10 @@ def head(ray_environment: Environment) -> Iterator[str]:
 
 
 @contextmanager
-def node(head: str, environment: Environment, address: str, before: str = "") -> Iterator[None]:
-    """A node of one CPU that has run `before` in a mount namespace of its own."""
+def node(head: str, environment: Environment, address: str, before: str = "", gpus: int = 0) -> Iterator[None]:
+    """A node of one CPU that declares GPUs and has run `before` in a mount namespace of its own."""
     start = f"exec {RAY} start --address {head} --num-cpus 1 --node-ip-address {address} --block --disable-usage-stats"
+    start += f" --num-gpus {gpus}"
     command = ["sh", "-c", f"{before}\n{start}"]
     if before:
         command = ["unshare", "--mount", *command]
@@ -104,3 +105,23 @@ def test_all_that_is_wrong_with_nodes_is_said_at_once(
     assert "node 127.0.1.9 has version 0.0.1 of the toolkit, this machine" in done.stderr
     assert not list(run.path.glob(".node-check*"))
     assert not run.resolved_config_path.exists()
+
+
+def test_a_node_without_the_package_of_attention_is_named_before_data_is_prepared(
+    head: str, launch_config: Callable[..., Path], ray_environment: Environment, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    config = launch_config(
+        "unattended",
+        cluster={"workers": 1, "gpus_per_worker": 1},
+        data={"cache": str(cache)},
+        model={"attn_implementation": "flash_attention_3"},
+        train={"precision": "bf16"},
+    )
+    with node(head, ray_environment, "127.0.1.7", gpus=1):
+        done = fork_server.run(command(config), env={**ray_environment, "RAY_ADDRESS": head}, capture_output=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "node 127.0.1.7 cannot compute model.attn_implementation = flash_attention_3" in done.stderr
+    assert "flash-attn-3" in done.stderr
+    assert not list(cache.iterdir())
+    assert not run_of(config).resolved_config_path.exists()

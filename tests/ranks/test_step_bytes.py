@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,7 @@ def count_step(
     sequence_parallel: int = 1,
     tensor_parallel: int = 1,
     nodes: int = 1,
+    sent: str = "fp32",
     precision: str = "bf16",
     **model: Any,
 ) -> tuple[Plan, list[tuple[int, int, int]]]:
@@ -64,6 +66,7 @@ def count_step(
         "engine": {
             "zero_stage": zero,
             "sequence_parallel": sequence_parallel,
+            "communication_data_type": sent,
             "tensor_parallel": tensor_parallel,
             "zero_hpz_partition_size": 1 if nodes == 1 else workers // nodes,
             "deepspeed": {"zero_optimization": zero_block} if zero_block else {},
@@ -86,6 +89,28 @@ def test_ranks_send_and_hold_what_the_plan_counts(
     assert [each[0] for each in found] == pytest.approx([sent] * workers, rel=0.01)
     held = 1e9 * sum(plan.memory_gb_per_device.values())
     assert [each[2] for each in found] == pytest.approx([held] * workers, rel=0.05)
+
+
+def test_the_exchange_beside_the_backward_pass_takes_a_second_bucket(
+    pools: Callable[[int], RankPool], prepared_run: RunDirectory
+) -> None:
+    plan, found = count_step(pools, prepared_run, 2, 2, {"overlap_comm": True})
+    held = 1e9 * sum(plan.memory_gb_per_device.values())
+    assert [each[2] for each in found] == pytest.approx([held] * 2, rel=0.02)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_gradients_in_bf16_are_half_the_bytes(
+    pools: Callable[[int], RankPool], prepared_run: RunDirectory, zero: int
+) -> None:
+    plan, found = count_step(pools, prepared_run, 2, zero, SHARD_ALL if zero == 3 else {}, sent="bf16")
+    load = build_exchange_workload(plan, plan.micro_batch)
+    sent = count_exchanged_bytes(load).total
+    saved = 2 * plan.trainable_parameters * {1: 1, 2: 2 * PASSES, 3: PASSES}[zero]
+    assert count_exchanged_bytes(replace(load, gradient_width=4)).total == sent + saved
+    assert [each[0] for each in found] == pytest.approx([sent] * 2, rel=0.01)
+    held = 1e9 * sum(plan.memory_gb_per_device.values())
+    assert [each[2] for each in found] == pytest.approx([held] * 2, rel=0.05)
 
 
 @pytest.mark.parametrize(("zero_block", "gathered"), [(SHARD_ALL, PASSES), (GATHER_TWICE, 2 * PASSES)])

@@ -127,6 +127,9 @@ class EngineConfig(ConfigSection):
     """Workers that keep a second copy of all weights among them: those of a node (ZeRO 3; hierarchical partitioning of
     ZeRO++). Then only the first gathering of a step passes between nodes. 1 = off. An elastic run has it at
     multiples of it alone."""
+    communication_data_type: Annotated[Literal["fp32", "bf16"], FieldTag.FREE] = "fp32"
+    """Precision in which gradients pass between workers. `bf16` sends half the bytes and rounds each worker's sum, and
+    sums on their way; micro-batches are summed in fp32 either way."""
     deepspeed: Annotated[dict[str, Any], FieldTag.FREE] = {}  # noqa: RUF012 - pydantic copies it
     """Additional DeepSpeed configuration, passed on unchanged. Keys that the toolkit sets are refused."""
 

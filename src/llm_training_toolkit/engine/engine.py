@@ -71,13 +71,16 @@ class Engine:
         self.column_parts = {} if tensor is None else tensor.count_column_parts(trained, self._names)
         """Slices of each parameter whose columns are cut over ranks, which a checkpoint stores by themselves."""
         self._max_grad_norm = optim.max_grad_norm
+        sent = torch.bfloat16 if deepspeed_config["communication_data_type"] == "bf16" else torch.float32
         self._master_weights: MasterWeights | ShardedMasterWeights | None = None
         if self.stage == 1:
-            self._master_weights = ShardedMasterWeights(trained, device, self._peers, tensor, offload=offload != "none")
+            self._master_weights = ShardedMasterWeights(
+                trained, device, self._peers, tensor, offload=offload != "none", sent=sent
+            )
         if self.stage <= 1:
             module.to(device)  # DeepSpeed would move it only after the fp32 copies are made
         if self.stage == 0:
-            self._master_weights = MasterWeights(trained, self._peers, tensor)
+            self._master_weights = MasterWeights(trained, self._peers, tensor, sent=sent)
         self.optimizer = _build_adamw(module, self._names, optim, device, self._master_weights)
         deepspeed.init_distributed(dist_init_required=False)  # reuses the existing process group
         self.deepspeed, self._zero_optimizer, _, _ = deepspeed.initialize(

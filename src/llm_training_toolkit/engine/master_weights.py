@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llm_training_toolkit.distributed.tensor_group import DataParallelGroup
 from llm_training_toolkit.engine.allocation import allocate_zeros
 from llm_training_toolkit.engine.gradient_buffer import GradientBuffer, MasterPiece, set_clip_scale
+from llm_training_toolkit.engine.gradient_exchange import all_reduce_gradients
 from llm_training_toolkit.models.tensor_parallel import TensorParallelModel
 from llm_training_toolkit.plan.memory.memory_estimate import REDUCTION_CHUNK_SIZE
 
@@ -28,8 +29,14 @@ class MasterWeights:
         parameters: Sequence[nn.Parameter],
         group: DataParallelGroup,
         tensor_parallel: TensorParallelModel | None = None,
+        *,
+        sent: torch.dtype = torch.float32,
     ) -> None:
-        """Copy the parameters; gradients are summed over `group`, their norm also over slices of matrices."""
+        """Copy the parameters; gradients are summed over `group`, their norm also over slices of matrices.
+
+        Gradients pass between ranks in the type `sent`.
+        """
+        self._sent = sent
         self._group, self._tensor_parallel = group, tensor_parallel
         device = parameters[0].device if parameters else torch.device("cpu")
         if device.type == "cpu":
@@ -67,10 +74,10 @@ class MasterWeights:
         if self._group.size == 1:
             return
         if self._low:
-            dist.all_reduce(self._flat, group=self._group.process_group)
+            all_reduce_gradients(self._flat, self._sent, self._group.process_group)
         for piece in _iter_buckets(own_gradients):
             flat = torch.cat([own.grad.flatten() for own in piece])  # type: ignore[union-attr] # set above
-            dist.all_reduce(flat, group=self._group.process_group)
+            all_reduce_gradients(flat, self._sent, self._group.process_group)
             for own, gradient in zip(piece, _unflatten_like(flat, piece), strict=True):
                 own.grad = gradient
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llm_training_toolkit.distributed.tensor_group import DataParallelGroup
 from llm_training_toolkit.engine.allocation import allocate_zeros
 from llm_training_toolkit.engine.gradient_buffer import GradientBuffer, MasterPiece, set_clip_scale
+from llm_training_toolkit.engine.gradient_exchange import reduce_scatter_gradients
 from llm_training_toolkit.models.tensor_parallel import TensorParallelModel
 
 
@@ -32,11 +33,14 @@ class ShardedMasterWeights:
         tensor_parallel: TensorParallelModel | None = None,
         *,
         offload: bool,
+        sent: torch.dtype = torch.float32,
     ) -> None:
         """Move the parameters to `device`, flattened by dtype; with `offload` the master weights go to host memory.
 
-        Gradients are summed over `group`, their norm also over slices of matrices.
+        Gradients are summed over `group`, their norm also over slices of matrices. They pass between
+        ranks in the type `sent`.
         """
+        self._sent = sent
         dtypes = sorted({parameter.dtype for parameter in parameters}, key=str)
         self._device, self._offload = device, offload
         self._group, self._tensor_parallel = group, tensor_parallel
@@ -70,7 +74,7 @@ class ShardedMasterWeights:
     def reduce_gradients(self) -> None:
         """Sum the gradients of this rank's shard over the ranks. Collective."""
         for flat in self._flats:
-            flat.reduce_gradients()
+            flat.reduce_gradients(self._sent)
         if self._offload and self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # the optimizer reads the copies in host memory
 
@@ -153,13 +157,13 @@ class _FlatShard:
                 self._master_gradient_views.append(self._master_gradients[part].view(shape))
                 self.gradients.append(own_gradients[part].view(shape))
 
-    def reduce_gradients(self) -> None:
-        """Sum the shard's gradients over the ranks and give them to the optimizer."""
+    def reduce_gradients(self, sent: torch.dtype) -> None:
+        """Sum the shard's gradients over the ranks, sent in a type, and give them to the optimizer."""
         self._buffer.finish_step()
         own = self._gradients[self._shard]
         if self._group.size > 1:
             # In place, which NCCL and gloo both allow.
-            dist.reduce_scatter_single(own, self._gradients, group=self._group.process_group)
+            reduce_scatter_gradients(own, self._gradients, sent, self._group.process_group)
         if self._offload:
             self._master_gradients.copy_(own, non_blocking=True)
         for piece, gradient in zip(self.pieces, self._master_gradient_views, strict=True):

@@ -8,15 +8,16 @@ import re
 import torch
 
 # Messages of torch, CUDA's libraries and NCCL that have no exception class: on CPU, and outside torch's allocator.
-# cuBLAS creates its handle at the first product, and says "not initialized" if that finds no memory. Triton's "out of
-# resource" is left out: it means the shared memory of a multiprocessor, which smaller micro-batches do not change.
+# cuBLAS creates its handle at the first product, and says "not initialized" if that finds no memory. Growing segments
+# ask the driver itself; Triton loads its kernels by the driver, too.
 _OUT_OF_MEMORY = re.compile(
     "|".join(
         (
             "DefaultCPUAllocator: can't allocate memory",
             "DefaultCPUAllocator: not enough memory",
             "bad_alloc",
-            "(CUDA|HIP) error: out of memory",
+            "(CUDA|HIP)( driver)? error: out of memory",
+            r"Triton Error \[(CUDA|HIP)\]: out of memory",
             "(CUDA|HIP) out of memory",
             "CUBLAS_STATUS_ALLOC_FAILED",
             "CUBLAS_STATUS_NOT_INITIALIZED",
@@ -37,6 +38,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def is_out_of_shared_memory(error: BaseException) -> bool:
+    """Return whether a Triton kernel takes more of a multiprocessor than there is; smaller micro-batches do not help.
+
+    The text is that of triton's `OutOfResources`, with its subject: shared memory, registers or tensor memory.
+    """
+    return str(error).startswith("out of resource: ")
 
 
 def set_allocator_options(device: torch.device) -> None:

@@ -62,6 +62,16 @@ def build_compile_error(error: BaseException) -> TrainingError:
     )
 
 
+def build_shared_memory_error(error: BaseException, config: Config, *, compiled: bool) -> TrainingError:
+    """Return the error of a run with a kernel that is too large for this GPU; new workers would fail again."""
+    ways = [f"{COMPILE_KEY} to false"] if compiled else []
+    ways += ["model.attn_implementation to sdpa"] if config.model.attn_implementation == "flex_attention" else []
+    remedy = f"Set {' or '.join(ways)}" if ways else "Train on GPUs with more of it"
+    return TrainingError(
+        f"a kernel of Triton takes more shared memory than this GPU has ({error}). {remedy}: the same command resumes"
+    )
+
+
 def _estimate_seconds(plan: Plan, context: RunContext) -> float | None:
     """Return the seconds that the whole run computes by the published peak of this rank's GPU, or None without one."""
     if context.device.type != "cuda" or plan.steps is None:

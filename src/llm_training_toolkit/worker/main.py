@@ -31,7 +31,7 @@ from llm_training_toolkit.distributed.flight_recorder import set_flight_record_d
 from llm_training_toolkit.distributed.heartbeat import NO_TIMEOUT
 from llm_training_toolkit.evaluation.in_training import InTrainingEvaluator
 from llm_training_toolkit.models.layer_compiler import is_compile_error
-from llm_training_toolkit.models.memory import is_out_of_memory, set_allocator_options
+from llm_training_toolkit.models.memory import is_out_of_memory, is_out_of_shared_memory, set_allocator_options
 from llm_training_toolkit.monitoring.logs import RANK_LOGGER, log_to_file, redirect_output
 from llm_training_toolkit.monitoring.metrics import Metrics
 from llm_training_toolkit.monitoring.trackers import open_trackers
@@ -56,7 +56,7 @@ from llm_training_toolkit.train.profiler import StepProfiler
 from llm_training_toolkit.worker.attention import resolve_attention
 from llm_training_toolkit.worker.build import build_run_model
 from llm_training_toolkit.worker.checkpoints import build_checkpoint_manager
-from llm_training_toolkit.worker.compilation import build_compile_error, resolve_compilation
+from llm_training_toolkit.worker.compilation import build_compile_error, build_shared_memory_error, resolve_compilation
 from llm_training_toolkit.worker.devices import RankPlacement, check_placement
 from llm_training_toolkit.worker.finish import finish_run
 from llm_training_toolkit.worker.micro_batch import (
@@ -153,13 +153,16 @@ def _train_and_export(components: TrainerComponents, spec: WorkerSpec, requested
     context = components.context
     try:
         status, state = run_training_loop(components)
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if is_out_of_memory(error):
             mark_out_of_memory(spec.directory, components.attempt)
             device_gb = measure_device_memory_gb(context.device)
             raise build_out_of_memory_error(requested, spec.config, context.world_size, device_gb) from error
         if components.plan.compile and is_compile_error(error):
             raise build_compile_error(error) from error
+        if is_out_of_shared_memory(error):
+            compiled = components.plan.compile
+            raise build_shared_memory_error(error, spec.config, compiled=compiled) from error
         raise
     if status == "finished" and spec.config.export.at_end and context.is_rank_zero:
         context.heartbeat.set_phase("exporting", NO_TIMEOUT)

@@ -43,6 +43,10 @@ def test_few_layers_of_full_width(
     check(build_sized_run(size, 4096, 1, checkpointing, attention, **model))
 
 
+def test_32b_in_rows_of_32k_tokens() -> None:
+    check(build_sized_run("qwen2.5-32b", 32768, 1, "full", **TWO_LAYERS))
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_adapters_of_experts_add_to_a_copy_of_all_experts(checkpointing: ActivationCheckpointing) -> None:
     lora: dict[str, Any] = {"lora": {"rank": 16, "target_parameters": ["gate_up_proj", "down_proj"]}}
@@ -60,7 +64,7 @@ def test_a_whole_model_at_128k_tokens() -> None:
     check(build_sized_run("qwen2.5-7b", 131072, 1, "full", sequence_parallel=4))
 
 
-# Three of the recipes, and each kind of checkpointing: the script has the table of all, which takes long.
+# Five of the recipes, and each kind of checkpointing: the script has the table of all, which takes long.
 RECIPES = [
     run
     for run in list_recipe_runs()
@@ -70,6 +74,7 @@ RECIPES = [
         ("moe-30b-two-nodes", "full"),
         ("fim2-3b", "none"),
         ("full-7b-one-node", "selective"),
+        ("full-qwen3.5-0.8b-one-gpu", "none"),
     }
     and (run.load.micro_batch, run.load.attention) == (4, "varlen")
 ]

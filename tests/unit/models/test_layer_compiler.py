@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import varlen as _operators  # noqa: F401 - defines them
 from transformers import AttentionInterface
 
 from llm_training_toolkit import families
@@ -50,10 +50,11 @@ def module_of(
     precision: str = "fp32",
     kind: str = "sdpa",
     backend: str | None = "aot_eager",
+    values: Mapping[str, Any] = MappingProxyType({}),
 ) -> LossModule:
     """A model in training, eager with `backend` None; the same weights each time."""
     config = config_of(name, lora)
-    hf = dict(families.resolve_hf_config(config)) | {"vocab_size": 128}
+    hf = dict(families.resolve_hf_config(config)) | {"vocab_size": 128, **values}
     torch.manual_seed(0)
     model = build_model(hf, precision=precision, attention=kind, activation_checkpointing=checkpointing)
     module = LossModule(model, 16, balance).train()
@@ -102,8 +103,8 @@ def count_graphs() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_one_graph_takes_fifty_packings_bit_for_bit(name: str) -> None:
-    assert_equal(module_of(name, backend=None), module_of(name), packings(50))
+def test_one_graph_takes_packings_bit_for_bit(name: str) -> None:
+    assert_equal(module_of(name, backend=None), module_of(name), packings(12))
     assert count_graphs() == (1, 0)
 
 
@@ -151,29 +152,86 @@ def test_evaluation_and_rare_shapes_compile_nothing() -> None:
     assert count_graphs() == (2, 0)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def attend_as_on_gpus(_module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **given: Any) -> Any:
+    """Attention (1, T, H, D) by the operator that GPUs use."""
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    bounds, longest, window = given["cu_seq_lens_q"], given["max_length_q"], given.get("sliding_window")
+    out = attention._attend_on_gpu((query, key, value), bounds, longest, given["scaling"], window)
+    return out.unsqueeze(0), None
+
+
+def weigh_keys(query: Tensor, key: Tensor, bounds: Tensor, scale: float, window: Sequence[int]) -> Tensor:
+    """Attention (H, T, T) of queries and keys (T, H, D): of each document by itself, causal, within a window."""
+    places = torch.arange(len(query))
+    documents, distance = torch.bucketize(places, bounds, right=True), places[:, None] - places
+    seen = (documents[:, None] == documents) & (distance >= 0)
+    if window[0] >= 0:
+        seen &= distance <= window[0]
+    scores = scale * torch.einsum("thd,shd->hts", query, key)
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1)
+
+
+def run_operator(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    """Compute torch's operator; its second and third result are not read here."""
+    times = query.shape[1] // key.shape[1]
+    weights = weigh_keys(query, key.repeat_interleave(times, 1), bounds, given[4], given[5])
+    out = torch.einsum("hts,shd->thd", weights, value.repeat_interleave(times, 1))
+    return out.contiguous(), torch.zeros(query.shape[1], len(query)), torch.zeros(2, dtype=torch.uint64)
+
+
+def run_operator_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    """Compute the gradients of `run_operator`."""
+    bounds, scale, window = given[2], given[8], given[9]
+    times, kept = query.shape[1] // key.shape[1], key.shape
+    key, value = (each.repeat_interleave(times, 1) for each in (key, value))
+    weights = weigh_keys(query, key, bounds, scale, window)
+    of_weights = torch.einsum("thd,shd->hts", grad, value)
+    of_scores = scale * weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
+    of_key, of_value = torch.einsum("hts,thd->shd", of_scores, query), torch.einsum("hts,thd->shd", weights, grad)
+    shared = (each.reshape(kept[0], kept[1], times, -1).sum(2) for each in (of_key, of_value))
+    return torch.einsum("hts,shd->thd", of_scores, key).contiguous(), *shared
+
+
+@pytest.fixture
+def _varlen_of_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Attention as on GPUs, by an operator of torch that has no kernels for CPUs."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.VARLEN, attend_as_on_gpus)
+    with torch.library._scoped_library("torch_attn", "IMPL") as library:
+        library.impl("_varlen_attn", run_operator, "CPU")
+        library.impl("_varlen_attn_backward", run_operator_backward, "CPU")
+        yield
+
+
+VARLEN_CASES: list[tuple[str, ActivationCheckpointing, int]] = [
+    *((name, "none", 50) for name in COMPILED),
+    ("qwen3-0.6b", "selective", 6),
+    ("qwen3-0.6b", "full", 6),
+]
+
+
+@pytest.mark.usefixtures("_varlen_of_gpus")
+@pytest.mark.parametrize("window", [None, 16])
+def test_the_kernels_here_compute_attention_by_document(window: int | None) -> None:
+    heads = torch.randn(3, 1, 4, TOKENS, 8, generator=torch.Generator().manual_seed(0))
+    bounds, results = torch.tensor([0, 5, 30, TOKENS], dtype=torch.int32), []
+    for attend in (attend_as_on_gpus, attention.attend_by_document):
+        tokens = [heads[0].clone().requires_grad_(), *(each[:, :2].clone().requires_grad_() for each in heads[1:])]
+        given: dict[str, Any] = {"cu_seq_lens_q": bounds, "max_length_q": 34, "scaling": 0.3, "sliding_window": window}
+        out = attend(nn.Module(), tokens[0], tokens[1], tokens[2], None, **given)[0]
+        results.append([out, *torch.autograd.grad(out.sin().sum(), tokens)])
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.usefixtures("_varlen_of_gpus")
+@pytest.mark.parametrize(("name", "checkpointing", "count"), VARLEN_CASES)
 def test_one_graph_takes_any_number_of_documents_on_gpus(
-    checkpointing: ActivationCheckpointing, monkeypatch: pytest.MonkeyPatch
+    name: str, checkpointing: ActivationCheckpointing, count: int
 ) -> None:
-    """The GPU's operator without values: it has no kernel for CPUs."""
-
-    def attend(_module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **given: Any) -> Any:
-        bounds, longest = given["cu_seq_lens_q"], given["max_length_q"]
-        return attention._attend_on_gpu((query, key, value), bounds, longest, given["scaling"], None), None
-
-    monkeypatch.setitem(AttentionInterface._global_mapping, attention.VARLEN, attend)
-    batches = [(ids, *attention.compute_cu_seqlens(positions), positions) for ids, positions in packings(6, rows=2)]
-    summed = mock.patch(
-        "llm_training_toolkit.models.loss.compute_token_loss_sum",
-        lambda hidden, weight, _labels, _chunk: (hidden @ weight.T).sum(),
-    )
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, summed:
-        module = module_of("qwen3-0.6b", checkpointing=checkpointing, precision="bf16", kind=attention.VARLEN)
-        for ids, bounds, longest, positions in batches:
-            tokens, places, cut = (fake.from_tensor(each) for each in (ids, positions, bounds))
-            module(tokens, places, tokens, cut, longest).backward()
-    assert len({len(bounds) for _, bounds, _, _ in batches}) > 1
-    assert len({longest for _, _, longest, _ in batches}) > 1
+    window = {"sliding_window": 16} if name.startswith("starcoder2") else {}
+    given: dict[str, Any] = {"checkpointing": checkpointing, "kind": attention.VARLEN, "values": window}
+    batches = list(packings(count, rows=2))
+    assert len({int((positions == 0).sum()) for _, positions in batches}) > 3
+    assert_equal(module_of(name, **given, backend=None), module_of(name, **given), iter(batches))
     assert count_graphs() == (1, 0)
 
 

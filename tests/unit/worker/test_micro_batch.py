@@ -15,7 +15,7 @@ from llm_training_toolkit.config import Config
 from llm_training_toolkit.data.prepare.dataset_info import DatasetInfo
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.errors import PlanError, TrainingError
-from llm_training_toolkit.models.memory import is_out_of_memory, set_allocator_options
+from llm_training_toolkit.models.memory import is_out_of_memory, is_out_of_shared_memory, set_allocator_options
 from llm_training_toolkit.plan import MemorySettings
 from llm_training_toolkit.plan.memory.activations import ActivationCheckpointing
 from llm_training_toolkit.runs.attempts import (
@@ -118,6 +118,8 @@ def test_an_allocation_that_fails_is_told_from_other_errors() -> None:
         ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB", True),
         ("HIP out of memory. Tried to allocate 2.00 GiB", True),
         ("HIP error: out of memory", True),
+        ("CUDA driver error: out of memory", True),
+        ("Triton Error [CUDA]: out of memory", True),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
         ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
         ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
@@ -134,6 +136,7 @@ def test_an_allocation_that_fails_is_told_from_other_errors() -> None:
 def test_texts_of_libraries_that_have_no_exception_for_it(message: str, is_known: bool) -> None:
     assert is_out_of_memory(RuntimeError(message)) == is_known
     assert not is_out_of_memory(ValueError(message))
+    assert is_out_of_shared_memory(RuntimeError(message)) == message.startswith("out of resource")
 
 
 def test_the_allocator_keeps_the_options_that_a_person_set(monkeypatch: pytest.MonkeyPatch) -> None:

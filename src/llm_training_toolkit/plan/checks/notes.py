@@ -65,6 +65,11 @@ def _collect_precision_notes(config: Config, most: int) -> Iterator[str]:
             f"engine.deepspeed.zero_optimization does nothing at ZeRO {stage}: set engine.zero_stage to 2 or 3, or "
             "remove it."
         )
+    if config.engine.communication_data_type == "bf16" and most > 1:
+        yield (
+            "engine.communication_data_type = bf16: gradients are rounded before workers add them up, so that losses "
+            "depend a little on the number of workers."
+        )
     if stage > 0 and most == 1 and config.engine.offload == "none":
         yield f"ZeRO {stage} spreads nothing over one worker."
 

@@ -51,18 +51,21 @@ class ExchangeWorkload:
     """Workers of a group that keeps a second copy of all weights; 1 = no groups."""
     overlaps_gradients: bool = False
     """DeepSpeed's `overlap_comm`; stages 0 and 1 reduce after the last micro-batch in any case."""
+    gradient_width: int = 4
+    """Bytes of a gradient on its way (`engine.communication_data_type`)."""
 
 
 def count_exchanged_bytes(load: ExchangeWorkload) -> Exchange:
     """Count what a worker sends in a step; an all-reduce sends its tensor twice.
 
-    Gradients are reduced in fp32: at stage 0 by an all-reduce a step, at stage 1 by a reduce-scatter a step. DeepSpeed
-    0.19.8 sends an all-reduce with every micro-batch at stage 2, a reduce-scatter at stage 3. Stages 1 and 2 gather the
-    trained weights once a step. Stage 3 gathers all weights for forward and for backward of every micro-batch, except
-    those of the last layers, which it keeps (ZeRO, Rajbhandari et al. 2020, section 7). With a second partition all
-    but the first gathering after an update stay within its group (ZeRO++, Wang et al. 2023, section 4.2).
+    Gradients are reduced in fp32 or bf16: at stage 0 by an all-reduce a step, at stage 1 by a reduce-scatter a step.
+    DeepSpeed 0.19.8 sends an all-reduce with every micro-batch at stage 2, a reduce-scatter at stage 3. Stages 1 and 2
+    gather the trained weights once a step. Stage 3 gathers all weights for forward and for backward of every
+    micro-batch, except those of the last layers, which it keeps (ZeRO, Rajbhandari et al. 2020, section 7). With a
+    second partition all but the first gathering after an update stay within its group (ZeRO++, Wang et al. 2023,
+    section 4.2).
     """
-    gradients, weights = 4 * load.trained, load.width * load.trained
+    gradients, weights = load.gradient_width * load.trained, load.width * load.trained
     if load.zero <= 1:
         return Exchange(0, 2 * gradients if load.zero == 0 else gradients + weights)
     gathered = grouped = 0

@@ -122,6 +122,7 @@ def build_exchange_workload(plan: Plan, micro_batch: int) -> ExchangeWorkload:
         checkpointing=plan.activation_checkpointing,
         reuse_distance=read_reuse_distance(plan.deepspeed),
         second_partition=int(plan.deepspeed["zero_optimization"].get("zero_hpz_partition_size", 1)),
+        gradient_width=2 if plan.deepspeed["communication_data_type"] == "bf16" else 4,
         overlaps_gradients=bool(plan.deepspeed["zero_optimization"].get("overlap_comm")),
     )
 

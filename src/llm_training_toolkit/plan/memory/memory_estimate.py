@@ -72,6 +72,10 @@ class DeviceWorkload:
     attention: AttentionMemory = "masked"
     bucket: int = 500_000_000
     """DeepSpeed's reduce_bucket_size, in elements."""
+    gradient_width: int = 4
+    """Bytes of a gradient on its way to the other workers (`engine.communication_data_type`)."""
+    overlaps_gradients: bool = False
+    """DeepSpeed's `overlap_comm`: stage 2 fills a second bucket while the first is reduced."""
     max_live: int = _MAX_LIVE
     """DeepSpeed's stage3_max_live_parameters."""
     offload: Offload = "none"
@@ -157,8 +161,11 @@ def _iter_moments(load: DeviceWorkload) -> Iterator[tuple[int, int, int, int]]:
     The gradients are those beside what stands between micro-batches. When the first bucket of gradients is full, the
     activations and gathered weights of its layers are gone.
     """
-    buffer = load.bytes_per_value * load.bucket_elements if load.zero in {2, 3} else 0
-    last = 4 * load.bucket_elements if load.zero == 3 else 0  # the bucket reduced last is kept until the next
+    buffers = {2: 1 + load.overlaps_gradients, 3: 1}.get(load.zero, 0)
+    buffer = buffers * load.bytes_per_value * load.bucket_elements
+    last = (
+        load.gradient_width * load.bucket_elements if load.zero == 3 else 0
+    )  # the bucket reduced last is kept until the next
     for activations, logits in _iter_pass_moments(load):
         yield last + buffer, activations, logits, 0
     shape, left = load.build_pass_shape(), 1 - load.bucket_elements / max(load.trainable_parameters, 1)
@@ -236,18 +243,26 @@ def estimate_gradient_bytes(load: DeviceWorkload) -> int:
 def _estimate_reduction_bytes(load: DeviceWorkload) -> int:
     """Estimate the copies of gradients on their way to the other workers, in bytes.
 
-    Stage 0 reduces in place in bf16, in fp32 by chunks; stage 1 reduces in place. At stage 2 a bucket is flattened, and
-    in bf16 copied to fp32. Stage 3 keeps the bucket, its fp32 copy and the concatenation by
-    rank. Counted on DeepSpeed 0.19.8 (`allreduce_bucket` of runtime/zero/stage_1_and_2.py, `__avg_scatter_grads` of
-    stage3.py) with one and two ranks on a CPU.
+    Stage 0 reduces in place in a bf16 run, in fp32 by chunks; stage 1 reduces in place. Sent in bf16, both copy chunks.
+    At stage 2 a bucket is flattened, and copied if it is sent in another type. Stage 3 keeps the bucket, such a copy
+    and the concatenation by rank; what it gets in bf16 is copied to fp32. Counted on DeepSpeed 0.19.8
+    (`allreduce_bucket` of runtime/zero/stage_1_and_2.py, `__avg_scatter_grads` of stage3.py) with one and two ranks on
+    a CPU.
     """
     bf16, bucket = load.precision == "bf16", load.bucket_elements
+    rounded = 0 if load.gradient_width == 4 else 2 * min(load.trainable_parameters, REDUCTION_CHUNK_SIZE)
+    if load.zero <= 1 and load.workers == 1:
+        return 0
     if load.zero == 0:
         chunk = max(REDUCTION_CHUNK_SIZE, load.model.largest_tensor)
-        return 0 if bf16 or load.workers == 1 else 4 * min(load.trainable_parameters, chunk)
+        return rounded + (0 if bf16 else 4 * min(load.trainable_parameters, chunk))
     if load.zero == 1:
-        return 0
-    return (10 if bf16 and load.zero == 3 else 8) * bucket
+        return rounded + load.compute_partition_size(rounded, spread=True)
+    copied = 0 if load.gradient_width == load.bytes_per_value else load.gradient_width
+    if load.zero == 2:
+        return ((2 + load.overlaps_gradients) * load.bytes_per_value + copied) * bucket
+    partitions = 0 if load.gradient_width == 4 else 4 * load.compute_partition_size(bucket, spread=True)
+    return (load.bytes_per_value + copied + load.gradient_width) * bucket + partitions
 
 
 def _estimate_update_bytes(load: DeviceWorkload) -> int:
@@ -257,7 +272,7 @@ def _estimate_update_bytes(load: DeviceWorkload) -> int:
     """
     partition = load.compute_partition_size(load.trainable_parameters, spread=True)
     if load.zero == 3:
-        return 4 * min(partition, _SUB_GROUP) + 4 * load.bucket_elements
+        return 4 * min(partition, _SUB_GROUP) + load.gradient_width * load.bucket_elements
     return 4 * partition if load.zero == 2 and load.precision == "fp32" else 0
 
 
@@ -288,11 +303,13 @@ def estimate_logit_bytes(load: DeviceWorkload) -> int:
     return inputs + max(logits, head + logits // 4)
 
 
-def read_deepspeed_limits(deepspeed: Mapping[str, Any]) -> dict[str, int]:
+def read_deepspeed_limits(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
     """Return the DeepSpeed settings that memory depends on, by their names in `DeviceWorkload`."""
     zero = deepspeed["zero_optimization"]
     return {
         "bucket": _int_or_default(zero.get("reduce_bucket_size"), DeviceWorkload.bucket),
+        "gradient_width": 2 if deepspeed["communication_data_type"] == "bf16" else 4,
+        "overlaps_gradients": bool(zero.get("overlap_comm")),
         "max_live": _int_or_default(zero.get("stage3_max_live_parameters"), DeviceWorkload.max_live),
         "second_partition": _int_or_default(zero.get("zero_hpz_partition_size"), DeviceWorkload.second_partition),
     }
