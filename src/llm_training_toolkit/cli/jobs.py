@@ -61,8 +61,7 @@ def _list_jobs(
         return
     if address is None:
         raise typer.BadParameter("give --address, or set RAY_API_SERVER_ADDRESS")
-    from rich.console import Console as Terminal
-
+    from llm_training_toolkit.cli.tables import print_tables
     from llm_training_toolkit.launch.jobs.client import (
         build_jobs_table,
         connect_job_client,
@@ -77,7 +76,7 @@ def _list_jobs(
     if as_json:
         typer.echo(json.dumps(format_jobs_json(found)))
     elif found:
-        Terminal(highlight=False).print(build_jobs_table(found))
+        print_tables(build_jobs_table(found))
     else:
         typer.echo(f"no runs are jobs of {address}")
 
