@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from launching import Environment
-from shell_commands import run_script, shell_environment
+from machine_limits import find_free_port
+from shell_commands import FORKS, run_script, shell_environment
 from tutorials import build_script, find_missing_lines, read_steps, split_output
 
 pytestmark = pytest.mark.slow
@@ -22,3 +26,39 @@ def test_the_tutorial_of_a_search_works_as_typed(ray_environment: Environment, t
     assert code == 0, output
     missing = [find_missing_lines(step, text) for step, text in zip(steps, split_output(output), strict=True)]
     assert [lines for lines in missing if lines] == []
+
+
+def test_the_tutorial_of_a_cluster_works_as_typed(tmp_path: Path) -> None:
+    """Typed as written, but for the ports and the length of the run."""
+    steps = read_steps("cluster")
+    with tempfile.TemporaryDirectory() as short:
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        plain |= {"HOME": short, "RAY_worker_niceness": "0"}  # Ray keeps the token at home
+        with shell_environment(Path(short), plain) as environment:
+            code, output = run_script(_adapt(build_script(steps)), tmp_path, environment, seconds=1200)
+    assert code == 0, output + "".join(log.read_text() for log in sorted(tmp_path.glob("*.log")))
+    printed = split_output(output)
+    missing = {step.commands: find_missing_lines(step, text) for step, text in zip(steps, printed, strict=True)}
+    assert {commands: lines for commands, lines in missing.items() if lines} == {}
+
+
+def _adapt(script: str) -> str:
+    """Return the script on ports that no other cluster of this machine has, with a shorter run.
+
+    Ray starts the job's `ltt` by itself: only the shell's own commands are forked.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    client, agent = find_free_port(), find_free_port()
+    replaced = {
+        "ray start": f"env -u {FORKS} {shlex.quote(f'PATH={path}')} ray start",
+        "--head": f"--head --ray-client-server-port {client} --dashboard-agent-listen-port {agent}",
+        "6379": str(find_free_port()),
+        "8265": str(find_free_port()),
+        "6006": str(find_free_port()),
+        "5240$1": "${agents[$1]}",
+        "steps: 4000": "steps: 1000",
+    }
+    for written, typed in replaced.items():
+        assert written in script, written
+        script = script.replace(written, typed)
+    return f"agents=(0 {find_free_port()} {find_free_port()})\n{script}"

@@ -59,6 +59,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(*((200, {"name": OWNER, "type": "user", "orgs": []}) if token else (401, {"error": "token"})))
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/?]+)(?:\?.*)?", self.path):
             self._answer_with(match[1], self.hub.repositories.get(match[1]))
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(\w+)/(.+)", self.path):
+            self._send_file(self.hub.repositories[match[1]], match[3])
         else:
             self._answer(404, {"error": "no such entry"}, "EntryNotFound")
 
@@ -133,6 +135,16 @@ class _Handler(BaseHTTPRequestHandler):
             return
         siblings = [{"rfilename": file} for file in repository.files]
         self._answer(200, {"id": name, "sha": repository.commit, "private": repository.private, "siblings": siblings})
+
+    def _send_file(self, repository: Repository, name: str) -> None:
+        content = repository.files[name]
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", repository.commit)
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def _token(self) -> str:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fork_server
 
-_SOCKET = "LTT_FORKS"
+FORKS = "LTT_FORKS"  # variable with the address of the tests
 _MESSAGE = 2**20  # bytes, more than arguments and environment take
 _OWN = ("_", "OLDPWD", "PATH", "PWD", "SHLVL")  # a shell sets these; the fork server is one for each environment
 _PROGRAM = f"""#!{sys.executable} -IS
 import json, os, signal, socket, sys
 tests = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 tests.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, {_MESSAGE})
-tests.connect(os.environ.pop({_SOCKET!r}))
+tests.connect(os.environ.pop({FORKS!r}))
 order = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}}
 socket.send_fds(tests, [json.dumps(order).encode()], [0, 1, 2])
 pid = int(tests.recv(64))
@@ -51,7 +52,7 @@ def shell_environment(folder: Path, environment: Mapping[str, str]) -> Iterator[
         listening.listen()
         own = {name: environment[name] for name in _OWN if name in environment}
         threading.Thread(target=_accept, args=[listening, own], daemon=True).start()
-        yield {**environment, "PATH": path, _SOCKET: str(address)}
+        yield {**environment, "PATH": path, FORKS: str(address)}
 
 
 def _accept(listening: socket.socket, own: Mapping[str, str]) -> None:
@@ -80,8 +81,11 @@ def _serve(asking: socket.socket, own: Mapping[str, str]) -> None:
 
 
 def run_script(script: str, folder: Path, environment: Mapping[str, str], seconds: float) -> tuple[int, str]:
-    """Run a bash script in a folder; return its exit code and what it printed, standard error included."""
-    done = subprocess.run(
+    """Run a bash script in a folder; return its exit code and what it printed, standard error included.
+
+    What it has left in the background gets SIGTERM.
+    """
+    with subprocess.Popen(
         ["bash", "-c", script],
         cwd=folder,
         env=environment,
@@ -89,7 +93,11 @@ def run_script(script: str, folder: Path, environment: Mapping[str, str], second
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        check=False,
-        timeout=seconds,
-    )
-    return done.returncode, done.stdout
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+    return process.returncode, output

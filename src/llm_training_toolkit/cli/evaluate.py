@@ -166,8 +166,7 @@ def _check_evaluate_options(task: TaskName, settings: Mapping[str, Any], model: 
 
 
 def _compare_runs(runs: list[str], *, as_json: bool) -> None:
-    from rich.console import Console as Terminal
-
+    from llm_training_toolkit.cli.tables import print_tables
     from llm_training_toolkit.evaluation.table import build_eval_tables, collect_eval_records
 
     with ExitStack() as stack:
@@ -175,4 +174,4 @@ def _compare_runs(runs: list[str], *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([evaluation.to_json() for evaluation in found]))
     else:
-        Terminal(highlight=False).print(*build_eval_tables(found), sep="\n")
+        print_tables(*build_eval_tables(found))

@@ -34,6 +34,7 @@ def submit(
     ] = None,
     accept: Annotated[list[str] | None, typer.Option(help="As for `ltt train`.")] = None,
     extend: Annotated[bool, typer.Option("--extend", help="As for `ltt train`.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once it is submitted.")] = False,
 ) -> None:
     """Train as a Ray job: follow it; Ctrl-C stops it with a checkpoint or detaches; the same command resumes."""
     from llm_training_toolkit.launch.jobs.submit import submit_job
@@ -43,7 +44,7 @@ def submit(
     _terminate_on_sigterm()
     _enable_keyboard_interrupt()
     request = TrainRequest(config, overrides or (), accept or (), extend)
-    raise typer.Exit(submit_job(request, address, cluster, Console()))
+    raise typer.Exit(submit_job(request, address, cluster, Console(), detach=detach))
 
 
 @jobs.callback()
@@ -61,8 +62,7 @@ def _list_jobs(
         return
     if address is None:
         raise typer.BadParameter("give --address, or set RAY_API_SERVER_ADDRESS")
-    from rich.console import Console as Terminal
-
+    from llm_training_toolkit.cli.tables import print_tables
     from llm_training_toolkit.launch.jobs.client import (
         build_jobs_table,
         connect_job_client,
@@ -77,14 +77,14 @@ def _list_jobs(
     if as_json:
         typer.echo(json.dumps(format_jobs_json(found)))
     elif found:
-        Terminal(highlight=False).print(build_jobs_table(found))
+        print_tables(build_jobs_table(found))
     else:
         typer.echo(f"no runs are jobs of {address}")
 
 
 @jobs.command()
 def logs(name: Name, *, address: Address) -> None:
-    """Print and follow the output of a run; Ctrl-C detaches."""
+    """Print and follow the output of a run; Ctrl-C detaches, and the end of a pipe that it is written to."""
     from llm_training_toolkit.launch.jobs.client import connect_job_client, find_job
     from llm_training_toolkit.launch.jobs.logs import JobHandle
     from llm_training_toolkit.monitoring.console import Console
@@ -92,7 +92,7 @@ def logs(name: Name, *, address: Address) -> None:
     client = connect_job_client(address)
     try:
         code = JobHandle(client, find_job(client, name).id, address, Console()).follow_logs()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the second is rich's, when nobody reads the pipe any more
         code = 0
     raise typer.Exit(code)
 

@@ -17,6 +17,7 @@ def publish(
         str | None,
         typer.Option("--license", help="Name on the hub, such as apache-2.0.", show_default="that of the base"),
     ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace the export of another run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Upload a run's export to the Hugging Face hub, with its card; private unless asked otherwise."""
@@ -24,5 +25,6 @@ def publish(
     from llm_training_toolkit.runs.storage.open import open_path
 
     with open_path(run, export=True) as opened:
-        done = publish_run(PublishRequest(opened, repo, public, licence), lambda text: typer.echo(text, err=True))
+        request = PublishRequest(opened, repo, public, licence, replace)
+        done = publish_run(request, lambda text: typer.echo(text, err=True))
     typer.echo(json.dumps(done.to_json()) if as_json else str(done))

@@ -32,15 +32,14 @@ def runs(
         if not found and not watch:
             typer.echo(f"no runs in {directory}")
             return
-        from rich.console import Console as Terminal
-
+        from llm_training_toolkit.cli.tables import print_tables
         from llm_training_toolkit.runs.table import build_runs_table, watch_runs
 
         if watch:
             with suppress(KeyboardInterrupt):
                 watch_runs(list_runs)
         else:
-            Terminal(highlight=False).print(build_runs_table(found))
+            print_tables(build_runs_table(found))
 
 
 def report(

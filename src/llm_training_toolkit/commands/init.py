@@ -15,6 +15,7 @@ from llm_training_toolkit.config.load import parse_config
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.families import ModelSize, find_size, find_size_of_weights, has_known_name
 from llm_training_toolkit.plan import estimate_memory, make_plan, plan_workload
+from llm_training_toolkit.runs.directory import RunDirectory
 
 StarterKind = Literal["chat", "code", "text", "scratch"]
 DocumentKind = Literal["chat", "code", "text"]
@@ -95,7 +96,7 @@ def _format_finetuning(request: StarterRequest, kind: DocumentKind, size: ModelS
     if kind == "code" and size.family.special_tokens.has_fim:
         source["fim"] = {"rate": 0.5}
     data = _start_config(request)
-    data["run"] = {"name": request.name or f"{size.name}-{kind}"}
+    data["run"] = {"name": request.name or f"{_name_base(request.model, size)}-{kind}"}
     data["data"] = {"sequence_length": length, "sources": [source]}
     data["cluster"] = {"workers": max(machine.gpus, 1)}
     needed = _estimate_memory_gb(data)
@@ -112,6 +113,12 @@ def _format_finetuning(request: StarterRequest, kind: DocumentKind, size: ModelS
         "cluster": f"One worker for each GPU, or one without. Made for this machine: {machine.description}.",
     }
     return _render(data, notes)
+
+
+def _name_base(model: str, size: ModelSize) -> str:
+    """Return the name of the weights; those of an export, a folder `export`, are named after its run."""
+    path = Path(model).absolute()
+    return path.parent.name if path.name == RunDirectory(path.parent).export_dir.name else size.name
 
 
 def _start_config(request: StarterRequest) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from httpx2 import HTTPError
@@ -26,14 +27,15 @@ from llm_training_toolkit.commands.published_card import CARD_NAME, find_licence
 from llm_training_toolkit.data.tokenizer import TOKENIZER_FILES
 from llm_training_toolkit.errors import CheckpointError, LaunchError, PlanError, Problem
 from llm_training_toolkit.evaluation.records import read_eval_records
-from llm_training_toolkit.export import read_source_checkpoint_name
+from llm_training_toolkit.export import ORIGIN_FILE, read_source_checkpoint_name, read_source_run_name
 from llm_training_toolkit.runs.directory import RunDirectory, check_run, find_model_directory, parse_checkpoint_name
 from llm_training_toolkit.setup.daemon_call import start_daemon_call
 
-_MARK = "training.json"  # every export has it, so a repository with it holds one
 _OWN_FILES = frozenset({".gitattributes", CARD_NAME})  # of a new repository on the hub
 # Files of exports: a publication deletes those of an earlier one, and nothing that a person added.
-_EXPORT_FILES = frozenset({"config.json", "generation_config.json", "adapter_config.json", _MARK, *TOKENIZER_FILES})
+_EXPORT_FILES = frozenset(
+    {"config.json", "generation_config.json", "adapter_config.json", ORIGIN_FILE, *TOKENIZER_FILES}
+)
 _WEIGHTS = re.compile(r"(?:model|adapter_model)(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?")
 # Looking up a name has no timeout of its own, and takes 10 to 30 s without a network.
 _PATIENCE_SECONDS = 15.0
@@ -51,6 +53,8 @@ class PublishRequest:
     public: bool = False
     licence: str | None = None
     """Licence's name on the hub; by default that of the base."""
+    replace: bool = False
+    """Whether the export may take the place of another run's."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,8 @@ class PublishResult:
 def publish_run(request: PublishRequest, say: Callable[[str], None]) -> PublishResult:
     """Upload the export of a run with its card, and delete files of an earlier one that this one lacks.
 
-    Raises CheckpointError for a run without a complete export, PlanError for a repository with other content, of the
-    other visibility or of another owner's, and LaunchError if the hub cannot be reached or refuses.
+    Raises CheckpointError for a run without a complete export, and LaunchError if the hub cannot be reached or refuses.
+    Raises PlanError for a repository with other content or of the other visibility, owner or run.
     """
     trained = Run.read(check_run(request.run))
     directory = find_model_directory(request.run.path)
@@ -85,7 +89,9 @@ def publish_run(request: PublishRequest, say: Callable[[str], None]) -> PublishR
     api = HfApi()
     with _hub_errors(request.repository):
         found = _ask_in_time(lambda: _find_repository(api, request.repository))
-        _check_repository(found, request)
+        if found is not None:
+            _check_repository(found, request)
+            _check_published_run(api, found, request, trained.config.run.name)
         licence = find_licence(trained, request.licence)
     evaluations = [record for record in read_eval_records(request.run) if record.step == checkpoint]
     card = format_published_card(directory, trained, evaluations, repository=request.repository, licence=licence)
@@ -125,12 +131,14 @@ def _find_repository(api: HfApi, name: str) -> ModelInfo | None:
         return None
 
 
-def _check_repository(found: ModelInfo | None, request: PublishRequest) -> None:
+def _list_names(found: ModelInfo) -> set[str]:
+    return {file.rfilename for file in found.siblings or ()}
+
+
+def _check_repository(found: ModelInfo, request: PublishRequest) -> None:
     """Raise PlanError for a repository with other content than an export, or of the other visibility."""
-    if found is None:
-        return
-    names = {file.rfilename for file in found.siblings or ()}
-    if _MARK not in names and not names <= _OWN_FILES:
+    names = _list_names(found)
+    if ORIGIN_FILE not in names and not names <= _OWN_FILES:
         others = ", ".join(sorted(names - _OWN_FILES)[:3])
         what = f"{request.repository} exists and holds no export of this toolkit ({others})"
         raise _refuse("repository-with-other-content", what, "Name another repository, or empty this one")
@@ -141,6 +149,19 @@ def _check_repository(found: ModelInfo | None, request: PublishRequest) -> None:
         raise _refuse("repository-visibility", what, f"{fix}, or change its visibility on the hub")
 
 
+def _check_published_run(api: HfApi, found: ModelInfo, request: PublishRequest, run: str) -> None:
+    """Raise PlanError for a repository that holds the export of another run, unless it may be replaced."""
+    if request.replace or ORIGIN_FILE not in _list_names(found):
+        return
+    with TemporaryDirectory() as folder:
+        api.hf_hub_download(request.repository, ORIGIN_FILE, revision=found.sha, local_dir=folder)
+        published = read_source_run_name(Path(folder))
+    if published != run:
+        holder = f"the run {published}" if published is not None else "an unnamed run"
+        what = f"{request.repository} holds the export of {holder}, and this is {run}"
+        raise _refuse("repository-of-another-run", what, "Name another repository, or give --replace")
+
+
 def _list_additions(directory: Path, files: list[Path], card: str) -> Iterator[CommitOperationAdd]:
     for path in files:
         name = path.relative_to(directory).as_posix()
@@ -149,8 +170,7 @@ def _list_additions(directory: Path, files: list[Path], card: str) -> Iterator[C
 
 def _list_deletions(found: ModelInfo | None, kept: set[str]) -> Iterator[CommitOperationDelete]:
     """Yield deletions of an earlier publication's files, such as shards of another number; others stay."""
-    for file in (found.siblings or ()) if found is not None else ():
-        name = file.rfilename
+    for name in sorted(_list_names(found)) if found is not None else ():
         if name not in kept and (name in _EXPORT_FILES or _WEIGHTS.fullmatch(name)):
             yield CommitOperationDelete(name)
 

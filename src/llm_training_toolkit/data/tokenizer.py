@@ -216,6 +216,11 @@ class TextEncoder:
         text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
         return text
 
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids of all special tokens."""
+        return frozenset(self._markers.values())
+
     def has_special_token(self, marker: str) -> bool:
         """Return whether the special token exists."""
         return marker in self._markers

@@ -18,7 +18,7 @@ from llm_training_toolkit.errors import CheckpointError
 from llm_training_toolkit.runs.atomic_write import sync_directory
 from llm_training_toolkit.runs.directory import RunDirectory
 
-_ORIGIN_FILE = "training.json"
+ORIGIN_FILE = "training.json"  # in every export
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class ModelFiles:
     """Model card."""
     checkpoint_name: str
     """Name of the source checkpoint."""
+    run_name: str
 
 
 @contextmanager
@@ -118,13 +119,14 @@ def remove_export(destination: Path) -> None:
 
 
 def write_model_files(directory: Path, beside: ModelFiles) -> None:
-    """Write generation configuration, tokenizer, model card and the name of the source checkpoint."""
+    """Write generation configuration, tokenizer, model card and the names of the source checkpoint and its run."""
     ends = list(beside.stop_token_ids.values())
     stops = ends if len(ends) > 1 else ends[0]
     GenerationConfig(eos_token_id=stops, pad_token_id=beside.pad).save_pretrained(directory)
     _write_tokenizer(beside.tokenizer, directory, next(iter(beside.stop_token_ids)) if len(ends) > 1 else None)
     (directory / "README.md").write_text(beside.card)
-    (directory / _ORIGIN_FILE).write_text(json.dumps({"checkpoint": beside.checkpoint_name}))
+    origin = {"checkpoint": beside.checkpoint_name, "run": beside.run_name}
+    (directory / ORIGIN_FILE).write_text(json.dumps(origin))
 
 
 def _write_tokenizer(source: Path, directory: Path, end: str | None) -> None:
@@ -140,7 +142,16 @@ def _write_tokenizer(source: Path, directory: Path, end: str | None) -> None:
 
 def read_source_checkpoint_name(directory: Path) -> str | None:
     """Return the name of an export's source checkpoint, or None if the directory holds no export."""
+    return _read_origin(directory, "checkpoint")
+
+
+def read_source_run_name(directory: Path) -> str | None:
+    """Return the name of the run that was exported, or None if the directory does not tell."""
+    return _read_origin(directory, "run")
+
+
+def _read_origin(directory: Path, key: str) -> str | None:
     try:
-        return str(json.loads((directory / _ORIGIN_FILE).read_text())["checkpoint"])
-    except (OSError, ValueError, KeyError):
+        return str(json.loads((directory / ORIGIN_FILE).read_text())[key])
+    except (OSError, ValueError, KeyError, TypeError):  # the last: JSON of another kind
         return None

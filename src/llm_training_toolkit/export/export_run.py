@@ -200,6 +200,7 @@ def build_model_files(config: Config, dataset_info: DatasetInfo, text: str, orig
         pad=dataset_info.pad_id,
         card=text,
         checkpoint_name=origin,
+        run_name=config.run.name,
     )
 
 

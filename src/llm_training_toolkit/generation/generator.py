@@ -17,6 +17,7 @@ from llm_training_toolkit.data.chat.template import ChatTemplate, has_template
 from llm_training_toolkit.data.tokenizer import TextEncoder, open_tokenizer
 from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.families import FAMILIES
+from llm_training_toolkit.generation.reply_parser import THINK_OPEN, parse_reply
 from llm_training_toolkit.generation.text_stream import TokenDecoder
 from llm_training_toolkit.models.load_exported import load_exported_model, move_to_device
 from llm_training_toolkit.models.sampling import Completion, SamplingParams, set_generation_config
@@ -120,11 +121,13 @@ class TextGenerator:
             )
         return ChatSession(self, ChatTemplate.from_tokenizer(self.directory, ""), system)
 
-    def generate_reply(
-        self, conversation: Conversation, template: ChatTemplate, how: SamplingParams, say: TextCallback | None
-    ) -> Completion:
-        """Generate the next message. Raises PlanError if the template cannot render the conversation."""
-        return self._generate_completion(self.tokenize_conversation(conversation, template), how, say)
+    def opens_thinking(self, prompt: TokenizedPrompt) -> bool:
+        """Return whether a prompt ends with the tag that opens reasoning, as some chat templates write it."""
+        return self.encoder.decode(prompt.ids[-8:]).rstrip().endswith(THINK_OPEN)
+
+    def generate_reply(self, prompt: TokenizedPrompt, how: SamplingParams, say: TextCallback | None) -> Completion:
+        """Generate the next message of a conversation, special tokens such as `<think>` written out."""
+        return self._generate_completion(prompt, how, say, written_ids=self.encoder.special_token_ids)
 
     def has_fim_sentinels(self) -> bool:
         """Return whether the tokenizer has the fill-in-the-middle sentinels of a family."""
@@ -156,14 +159,18 @@ class TextGenerator:
 
     @torch.no_grad()
     def _generate_completion(
-        self, prompt: TokenizedPrompt, how: SamplingParams, say: TextCallback | None
+        self,
+        prompt: TokenizedPrompt,
+        how: SamplingParams,
+        say: TextCallback | None,
+        written_ids: frozenset[int] = frozenset(),
     ) -> Completion:
         self.check_prompt_length(prompt)
         torch.manual_seed(how.seed)
         room, ends = self.context_length - len(prompt.ids), prompt.end_ids
         set_generation_config(self.model, how, room=room, eos_ids=sorted(ends), pad_id=self.pad_id)
         ids = torch.tensor([list(prompt.ids)], device=self.model.device)
-        pieces = _CallbackStreamer(self.encoder, ends, say)
+        pieces = _CallbackStreamer(TokenDecoder(self.encoder, written_ids), ends, say)
         out = self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=pieces)
         return Completion(pieces.text, int(out[0, -1]) in ends)
 
@@ -179,16 +186,18 @@ class ChatSession:
     def send_message(self, text: str, how: SamplingParams, say: TextCallback | None = None) -> Completion:
         """Generate the reply to `text`, up to the end of the turn. Raises PlanError once the context is full."""
         asked = (*self.messages, ChatMessage("user", text))
-        written = self._generator.generate_reply(Conversation(asked), self._template, how, say)
-        self.messages = (*asked, ChatMessage("assistant", written.text))
+        prompt = self._generator.tokenize_conversation(Conversation(asked), self._template)
+        written = self._generator.generate_reply(prompt, how, say)
+        reply = parse_reply(written.text, thinking=self._generator.opens_thinking(prompt))
+        self.messages = (*asked, reply)
         return written
 
 
 class _CallbackStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has no types
-    """Passes text to a callback as soon as its characters are complete; special tokens are skipped."""
+    """Passes text to a callback as soon as its characters are complete; end tokens are skipped."""
 
-    def __init__(self, encoder: TextEncoder, ends: frozenset[int], say: TextCallback | None) -> None:
-        self._decoder, self._ends, self._say = TokenDecoder(encoder), ends, say
+    def __init__(self, decoder: TokenDecoder, ends: frozenset[int], say: TextCallback | None) -> None:
+        self._decoder, self._ends, self._say = decoder, ends, say
         self._prompt_seen = False
         self.text = ""
 

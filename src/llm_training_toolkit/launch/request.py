@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,13 +92,24 @@ def format_next_steps(outcome: TrainResult, request: TrainRequest, config: Confi
     lines = ["", "next:"]
     if config.export.at_end:
         exported = shlex.quote(f"{run}/export")
-        lines.append(f"  {ltt} generate {exported} --prompt 'def main():'")
-        lines.append(f"  {ltt} generate {exported} --prompt 'def add(a, b):' --suffix '    return c'")
+        lines += [f"  {ltt} generate {exported} {options}" for options in _suggest_prompts(config)]
+        lines.append(f"  {ltt} serve {exported}")
     if config.export.at_end and config.model.lora is not None:
         lines.append(f"  {ltt} export {shlex.quote(run)} --merge")
     lines.append(f"  {ltt} tensorboard {shlex.quote(run.rpartition('/')[0] or '.')}")
     lines.append(f"  {ltt} train {_format_longer_run(request, config)} --extend")
     return lines
+
+
+def _suggest_prompts(config: Config) -> Iterator[str]:
+    """Yield options of `ltt generate` that ask for what the run has learnt."""
+    formats = {source.format for source in config.data.sources}
+    if "chat" in formats:
+        yield "--chat --prompt 'What does zip do?'"
+    if formats != {"chat"}:
+        yield "--prompt 'def main():'"
+    if any(source.fim is not None for source in config.data.sources):
+        yield "--prompt 'def add(a, b):' --suffix '    return c'"
 
 
 def _format_longer_run(request: TrainRequest, config: Config) -> str:

@@ -45,8 +45,8 @@ def build_runs_table(found: Iterable[RunStatus]) -> Table:
 
 
 def _escape_cell(text: str) -> str:
-    """Return a text from a run's files without a meaning for the terminal or for rich."""
-    return escape(escape_control_characters(text))
+    """Return a text from a run's files in one line, without a meaning for the terminal or for rich."""
+    return escape(escape_control_characters(" ".join(text.splitlines())))
 
 
 def watch_runs(list_runs: Callable[[], Iterable[RunDirectory]], seconds: float = 2.0) -> None:

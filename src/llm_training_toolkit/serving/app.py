@@ -15,11 +15,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from llm_training_toolkit.generation.reply_parser import ReplyParser
 from llm_training_toolkit.serving.access import check_access, read_body
 from llm_training_toolkit.serving.api_error import ApiError
 from llm_training_toolkit.serving.batcher import Batcher, QueuedRow, ResponseStream
 from llm_training_toolkit.serving.model_response import ModelResponse, run_while_connected
-from llm_training_toolkit.serving.reply_parser import ReplyParser
 from llm_training_toolkit.serving.request_body import ChatBody, CompletionBody, GenerationBody, parse_body
 from llm_training_toolkit.serving.served_model import ServedModel, ServedPrompt
 from llm_training_toolkit.serving.settings import ServingSettings

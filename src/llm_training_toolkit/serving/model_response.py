@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
+from llm_training_toolkit.generation.reply_parser import ReplyParser, ReplyPart
 from llm_training_toolkit.serving.api_error import ApiError
 from llm_training_toolkit.serving.batcher import ResponseStream
-from llm_training_toolkit.serving.reply_parser import ReplyParser, ReplyPart
 from llm_training_toolkit.serving.response_body import DONE_EVENT, ResponseWriter, build_usage, format_event
 
 Result = TypeVar("Result")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from llm_training_toolkit.serving.reply_parser import ReplyPart
+from llm_training_toolkit.generation.reply_parser import ReplyPart
 
 DONE_EVENT = "data: [DONE]\n\n"
 

@@ -14,9 +14,9 @@ from llm_training_toolkit.errors import DataError, PlanError
 from llm_training_toolkit.families import check_model_type
 from llm_training_toolkit.generation.generator import TextGenerator, TokenizedPrompt
 from llm_training_toolkit.generation.load import open_model
+from llm_training_toolkit.generation.reply_parser import CALL_CLOSE, CALL_OPEN, REPLY_TAGS, parse_tool_call
 from llm_training_toolkit.runs.storage.open import open_path
 from llm_training_toolkit.serving.api_error import ApiError
-from llm_training_toolkit.serving.reply_parser import CALL_CLOSE, CALL_OPEN, REPLY_TAGS, THINK_OPEN, parse_tool_call
 from llm_training_toolkit.serving.request_body import ChatBody, CompletionBody
 from llm_training_toolkit.serving.settings import ServingSettings
 
@@ -93,8 +93,7 @@ class ServedModel:
                 raise ApiError(400, "invalid_messages", error.why, "messages") from error
             except PlanError as error:
                 raise ApiError(400, "invalid_messages", str(error), "messages") from error
-        ending = self.generator.encoder.decode(tokens.ids[-8:])
-        return ServedPrompt(tokens, self._tag_ids, ending.rstrip().endswith(THINK_OPEN))
+        return ServedPrompt(tokens, self._tag_ids, self.generator.opens_thinking(tokens))
 
     def compute_new_tokens(self, prompt: ServedPrompt, asked: int | None, limit: int) -> int:
         """Return the new tokens of an answer at most; `asked` None = `limit`, or the rest of the context.

@@ -15,6 +15,7 @@ from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent
 from llm_training_toolkit.monitoring.metrics import Metrics
 from llm_training_toolkit.plan import Plan
+from llm_training_toolkit.plan.problem import format_plural
 from llm_training_toolkit.runs.directory import collect_environment
 from llm_training_toolkit.worker.build import BuiltModel
 from llm_training_toolkit.worker.spec import WorkerSpec
@@ -77,23 +78,20 @@ def _warn_of_rounding_changes(
     if checkpoint is None or not context.is_rank_zero:
         return
     manifest = checkpoint.manifest
-    previous = (manifest.world_size, manifest.threads, manifest.extra["micro_batch"], manifest.zero)
-    now = (context.world_size, lineage.threads, lineage.extra["micro_batch"], lineage.zero)
-    before, after = _format_computation(manifest.extra), _format_computation(lineage.extra)
-    if (*previous, before) != (*now, after):
-        said = "ran on {} workers with {} threads each in micro-batches of {} under ZeRO {}".format(*previous) + before
-        here = "runs on {} with {} in micro-batches of {} under ZeRO {}".format(*now) + after
-        message = f"the run {said} and now {here}: the same sequences, losses equal up to rounding"
+    before = _format_computation(manifest.world_size, manifest.threads, manifest.zero, manifest.extra)
+    now = _format_computation(context.world_size, lineage.threads, lineage.zero, lineage.extra)
+    if before != now:
+        message = f"the run ran on {before} and now runs on {now}: the same sequences, losses equal up to rounding"
         context.report(NoteEvent(message))
 
 
-def _format_computation(extra: Mapping[str, Any]) -> str:
-    """Format how layers are computed, by the facts beside a checkpoint's weights; empty if they are as usual."""
+def _format_computation(workers: int, threads: int, zero: int, extra: Mapping[str, Any]) -> str:
+    """Format how steps are computed; `extra` are the facts beside a checkpoint's weights."""
     shared, cut = extra.get("sequence_parallel", 1), extra.get("tensor_parallel", 1)
-    return "".join(
-        (
-            ", compiled" if extra.get("compile", False) else "",
-            f", {shared} to a row" if shared > 1 else "",
-            f", {cut} to a matrix" if cut > 1 else "",
-        )
+    layers = (
+        ", compiled" if extra.get("compile", False) else "",
+        f", {shared} to a row" if shared > 1 else "",
+        f", {cut} to a matrix" if cut > 1 else "",
     )
+    ranks = f"{format_plural(workers, 'worker')} with {format_plural(threads, 'thread')} each"
+    return f"{ranks} in micro-batches of {extra['micro_batch']} under ZeRO {zero}{''.join(layers)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from llm_training_toolkit.config import Config, load_config
 from llm_training_toolkit.config.search import load_search
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.plan import make_plan
+from tiny_models import DECODER
 
 LAPTOP, NODE = TrainingMachine(0, 16.0), TrainingMachine(8, 85.9)
 
@@ -47,6 +49,13 @@ def test_method_follows_from_memory(tmp_path: Path) -> None:
     request = StarterRequest("chat", "Qwen/Qwen2.5-7B", "chats.jsonl")
     assert written(tmp_path, request, TrainingMachine(1, 24.0)).model.lora is not None
     assert written(tmp_path, request, TrainingMachine(1, 300.0)).model.lora is None
+
+
+def test_a_run_from_an_export_is_named_after_its_run(tmp_path: Path) -> None:
+    export = tmp_path / "my-base" / "export"
+    export.mkdir(parents=True)
+    (export / "config.json").write_text(json.dumps(DECODER | {"vocab_size": 512, "max_position_embeddings": 1024}))
+    assert written(tmp_path, StarterRequest("chat", str(export), "chats.jsonl"), LAPTOP).run.name == "my-base-chat"
 
 
 def test_size_without_weights_is_refused() -> None:

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, close_session, constants
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from hub_server import use_hub
 from hub_uploads import OWNER, READ, WRITE, Repository, UploadHub, upload_hub
 from llm_training_toolkit.cli.app import app
 from llm_training_toolkit.commands import publish
@@ -45,7 +46,7 @@ AutoModelForCausalLM.from_pretrained("PATH OF THIS DIRECTORY")
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[UploadHub]:
     """A hub whose token may write."""
     with upload_hub() as state:
-        monkeypatch.setattr(constants, "ENDPOINT", state.endpoint)
+        use_hub(state.endpoint, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(
             constants, "HF_HUB_DISABLE_XET", True
@@ -64,7 +65,7 @@ def exported(fresh_run: Callable[[str], RunDirectory]) -> RunDirectory:
     save_file({"weight": torch.arange(6.0)}, run.export_dir / "model.safetensors")
     (run.export_dir / "config.json").write_text("{}")
     (run.export_dir / "README.md").write_text(CARD)
-    (run.export_dir / "training.json").write_text(json.dumps({"checkpoint": "step_000000009_a1"}))
+    (run.export_dir / "training.json").write_text(json.dumps({"checkpoint": "step_000000009_a1", "run": "tiny"}))
     for step, value in ((9, 0.25), (5, 0.125)):
         record = EvalRecord(
             "infill", {"exact_match": value, "documents": 8}, "/data/held", {}, None, "tiny", step, "2026-12-01"
@@ -122,6 +123,15 @@ def public_already(hub: UploadHub) -> None:
     hub.repositories[NAME] = Repository(False, {"training.json": b"{}"})
 
 
+def of_another_run(hub: UploadHub) -> None:
+    origin = {"checkpoint": "step_000000002_a1", "run": "other"}
+    hub.repositories[NAME] = Repository(True, {"training.json": json.dumps(origin).encode()})
+
+
+def of_an_unnamed_run(hub: UploadHub) -> None:
+    hub.repositories[NAME] = Repository(True, {"training.json": b'{"checkpoint": "step_000000002_a1"}'})
+
+
 def nothing(_: UploadHub) -> None:
     pass
 
@@ -136,6 +146,8 @@ def nothing(_: UploadHub) -> None:
         ("repository-name", WRITE, nothing, {"repository": "a/b/c"}),
         ("repository-with-other-content", WRITE, other_content, {}),
         ("repository-visibility", WRITE, public_already, {}),
+        ("repository-of-another-run", WRITE, of_another_run, {}),
+        ("repository-of-another-run", WRITE, of_an_unnamed_run, {}),
     ],
 )
 def test_refusals_change_nothing(
@@ -154,6 +166,14 @@ def test_refusals_change_nothing(
         published(exported, **fields)
     assert [problem.code for problem in caught.value.problems] == [code]
     assert {name: repository.files for name, repository in hub.repositories.items()} == before
+
+
+def test_the_export_of_another_run_is_replaced_when_told(hub: UploadHub, exported: RunDirectory) -> None:
+    of_another_run(hub)
+    published(exported, replace=True)
+    files = hub.repositories[NAME].files
+    assert "model.safetensors" in files
+    assert json.loads(files["training.json"])["run"] == "tiny"
 
 
 def test_a_base_without_a_licence_needs_one(hub: UploadHub, exported: RunDirectory, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from llm_training_toolkit.export import (
     WeightSource,
     atomic_export_dir,
     check_full_model,
+    read_source_run_name,
     weights,
     write_model,
 )
@@ -129,7 +130,12 @@ class Case:
 
     def export(self, precision: str = "fp32", ends: Mapping[str, int] = ONE_END) -> Path:
         beside = ModelFiles(
-            self.tokenizer, ends, pad=7, card="# größer\n", checkpoint_name=self.checkpoint.directory.name
+            self.tokenizer,
+            ends,
+            pad=7,
+            card="# größer\n",
+            checkpoint_name=self.checkpoint.directory.name,
+            run_name="tiny",
         )
         with atomic_export_dir(self.destination) as directory:
             held = CheckpointWeights(self.checkpoint)
@@ -285,6 +291,7 @@ def test_the_tokenizer_and_the_card_go_along_and_nothing_else(case: Case) -> Non
         "training.json",
     ]
     assert (directory / "README.md").read_text() == "# größer\n"
+    assert read_source_run_name(directory) == "tiny"
     assert (directory / "tokenizer.json").read_text() == (case.tokenizer / "tokenizer.json").read_text()
 
 
@@ -397,7 +404,7 @@ def test_merged_adapters_are_told_from_a_base_they_hardly_change(
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=learnt)
     checkpoint, base = saved(model, tmp_path / "step_000000003_a1"), build_model(config, **how)
-    beside = ModelFiles(tokenizer, ONE_END, pad=7, card="", checkpoint_name="step_000000003_a1")
+    beside = ModelFiles(tokenizer, ONE_END, pad=7, card="", checkpoint_name="step_000000003_a1", run_name="tiny")
     limit = get_merge_tolerance(config, "bf16")
 
     def check(weights: WeightSource, directory: Path) -> float:

@@ -41,7 +41,9 @@ def test_an_export_reloads_with_the_logits_of_the_weights_it_began_with(name: st
     model: Any = build_model(hf, precision="fp32", attention="sdpa", path=str(published)).eval()
     export.mkdir()
     (tmp_path / "tokenizer").mkdir()
-    beside = ModelFiles(tmp_path / "tokenizer", {"<|endoftext|>": 0}, pad=0, card="", checkpoint_name="step_1")
+    beside = ModelFiles(
+        tmp_path / "tokenizer", {"<|endoftext|>": 0}, pad=0, card="", checkpoint_name="step_1", run_name="tiny"
+    )
     write_model(ModelWeights(model), export, hf_config=model.config.to_dict(), precision="fp32", beside=beside)
     saved = json.loads((export / "config.json").read_text())
     assert saved["architectures"] == [families.find_size(name).family.architecture]

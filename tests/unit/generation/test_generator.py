@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from llm_training_toolkit.data.chat.template import ChatTemplate
 from llm_training_toolkit.data.tokenizer import TextEncoder, TokenizationSpec, open_tokenizer, train_tokenizer
 from llm_training_toolkit.errors import PlanError
 from llm_training_toolkit.generation.generator import TextGenerator, _CallbackStreamer
+from llm_training_toolkit.generation.text_stream import TokenDecoder
 from llm_training_toolkit.models import build_model
 from llm_training_toolkit.models.sampling import SamplingParams
+from tiny_chat import Chat
 from tiny_models import DECODER
 
 CONTEXT = 64
@@ -79,7 +82,7 @@ def test_what_is_not_asked_for_is_off(model: Any, directory: Path) -> None:
 def test_no_half_character_is_said(text: str, cut: int) -> None:
     encoder = _bytewise()
     pieces: list[str] = []
-    stream = _CallbackStreamer(encoder, frozenset(), pieces.append)
+    stream = _CallbackStreamer(TokenDecoder(encoder), frozenset(), pieces.append)
     ids = encoder.encode(text)
     stream.put(torch.tensor([ids]))  # a prompt, which is not said
     for token in ids[: len(ids) - cut] if cut else ids:
@@ -166,6 +169,33 @@ def test_the_prompt_of_a_conversation_is_that_of_transformers(directory: Path, e
     assert encoder.decode(ids) == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     marker = encoder.get_special_token_id("<|im_end|>")
     assert ids.count(marker) == len(messages), "what a person writes is no marker"
+
+
+def test_a_reply_shows_its_tags_and_keeps_its_reasoning_apart(tmp_path: Path) -> None:
+    chat = Chat(tmp_path, "qwen3")  # whose tags are special tokens, as in Qwen3's own tokenizer
+    names = ["<think>", "7", "</think>", "4", "<tool_call>", "=", "</tool_call>", "<|im_end|>"]
+    ids = [chat.encoder.get_special_token_id(each) if "<" in each else chat.encoder.encode(each)[0] for each in names]
+    session = TextGenerator(_recite(chat.encoder, ids), tmp_path).start_chat()
+    pieces: list[str] = []
+    written = session.send_message("Hello", SamplingParams(), pieces.append)
+    assert written.text == "".join(pieces) == "<think>7</think>4<tool_call>=</tool_call>"
+    assert written.ended
+    assert session.messages[-1] == ChatMessage("assistant", "4<tool_call>=</tool_call>", thinking="7")
+    assert TextGenerator(_recite(chat.encoder, ids), tmp_path).complete_prompt("\n", SamplingParams()).text == "74="
+
+
+def _recite(encoder: TextEncoder, ids: list[int]) -> Any:
+    """Build a model that writes these tokens, each once, after the line break that ends a prompt."""
+    shape = SHAPE | {"vocab_size": encoder.vocab_size, "max_position_embeddings": 4096, "tie_word_embeddings": False}
+    model: Any = build_model(shape, precision="fp32", attention="sdpa").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.model.norm.weight.fill_(1.0)
+        for number, (before, after) in enumerate(pairwise([encoder.encode("\n")[-1], *ids])):
+            model.model.embed_tokens.weight[before, number] = model.lm_head.weight[after, number] = 1.0
+    model.generation_config = GenerationConfig(eos_token_id=ids[-1], pad_token_id=ids[-1])
+    return model
 
 
 def test_a_conversation_continues_from_its_messages(model: Any, directory: Path) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from llm_training_toolkit.cli.app import app
 from llm_training_toolkit.runs.attempts import begin_attempt, end_attempt
 from llm_training_toolkit.runs.directory import RunDirectory, lock_run_directory
 from llm_training_toolkit.runs.status import RunStatus, read_run_status, read_run_statuses
@@ -106,6 +108,16 @@ def test_a_failed_run_shows_its_error(run: RunDirectory) -> None:
     shown = shown_text.get()
     for part in ("one", "failed", "4/10", "5.0000", "step_000000004_a1", "rank 1: [disk] full"):
         assert part in shown
+
+
+def test_in_a_pipe_every_run_is_one_whole_line(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = "rank 1: " + "no space left on device " * 20 + "\nfree some space"
+    end_attempt(run, begin_attempt(run, {}), "failed", error=error)
+    monkeypatch.setenv("COLUMNS", "40")
+    printed = CliRunner().invoke(app, ["runs", str(run.path.parent)], catch_exceptions=False).stdout
+    _, row = printed.splitlines()
+    assert row.startswith("one")
+    assert error.replace("\n", " ") in row
 
 
 def list_statuses(directory: Path) -> list[RunStatus]:

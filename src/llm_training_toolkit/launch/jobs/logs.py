@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from aiohttp import ClientError
@@ -68,13 +69,14 @@ class JobHandle:
     async def _stream_logs(self) -> None:
         """Print the log. Each connection begins with its first line, so text already shown is skipped."""
         passed = 0
-        async for text in self._client.tail_job_logs(self._job):
-            new = text[max(0, self._shown - passed) :]
-            passed += len(text)
-            self._shown = max(self._shown, passed)
-            *lines, self._line = (self._line + new).split("\n")
-            for line in lines:
-                self._console.print_line(line)
+        async with aclosing(self._client.tail_job_logs(self._job)) as pieces:  # Ctrl-C would leave its tasks pending
+            async for text in pieces:
+                new = text[max(0, self._shown - passed) :]
+                passed += len(text)
+                self._shown = max(self._shown, passed)
+                *lines, self._line = (self._line + new).split("\n")
+                for line in lines:
+                    self._console.print_line(line)
 
     def _retry_until_reachable(self, ask: Callable[[], T]) -> T:
         """Call `ask` until the cluster answers. Raises LaunchError as `follow_logs` does."""

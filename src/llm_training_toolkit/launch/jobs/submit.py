@@ -55,8 +55,10 @@ class SigtermInterrupt(KeyboardInterrupt):
     """SIGTERM while following a job: unlike Ctrl-C, it stops the run without a question."""
 
 
-def submit_job(request: TrainRequest, address: str, cluster: Path | None, console: Console) -> int:
-    """Submit the run as a job, follow it to its end and return its exit code.
+def submit_job(
+    request: TrainRequest, address: str, cluster: Path | None, console: Console, *, detach: bool = False
+) -> int:
+    """Submit the run as a job, follow it to its end and return its exit code; with `detach` return 0 at once.
 
     `cluster` is a cluster file that the run must fit. Raises LaunchError if the cluster is unreachable or the run is
     already running there, PlanError if the run could not work as a job.
@@ -78,6 +80,9 @@ def submit_job(request: TrainRequest, address: str, cluster: Path | None, consol
         _check_not_running(client, config.run.name)
         job = _submit_entrypoint(client, request, config, left_out)
     console.print_line(f"submitted as job {job} to {address}, with {carried} of this folder")
+    if detach:
+        console.print_line(f"`ltt jobs logs {config.run.name}` follows it, `ltt jobs stop {config.run.name}` stops it")
+        return 0
     console.print_line("Ctrl-C: stop it with a checkpoint, or leave it alone")
     return follow_job(JobHandle(client, job, address, console), config.run.name, console)
 

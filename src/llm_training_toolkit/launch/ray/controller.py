@@ -33,6 +33,7 @@ from llm_training_toolkit.launch.ray.resources import ClusterNode, schedulable_n
 from llm_training_toolkit.launch.ray.worker_group import RunSpec, WorkerGroup, WorkerGroupResult, WorkerGroupSpec
 from llm_training_toolkit.monitoring.console import Console
 from llm_training_toolkit.monitoring.logs import read_last_lines
+from llm_training_toolkit.plan.problem import format_plural
 from llm_training_toolkit.runs.attempts import begin_attempt, end_attempt, find_last_attempt, read_attempt_record
 from llm_training_toolkit.runs.directory import parse_checkpoint_name
 from llm_training_toolkit.runs.goodput import get_process_start_time
@@ -147,10 +148,10 @@ class TrainController:
                 self._reported_nodes.add(address)
                 self._show_warning(f"node {address} is excluded after two failures; the last: {cause}")
         if previous_size not in {0, size}:
-            self._console.print_line(f"restarting with {size} workers instead of {previous_size}")
+            self._console.print_line(f"restarting with {format_plural(size, 'worker')} instead of {previous_size}")
         elif not previous_size and self._resource_request.min_workers < self._resource_request.max_workers:
             limits = f"{self._resource_request.min_workers} to {self._resource_request.max_workers}"
-            self._console.print_line(f"starting with {size} workers of {limits}")
+            self._console.print_line(f"starting with {format_plural(size, 'worker')} of {limits}")
 
     def _handle_failure(self, group_result: WorkerGroupResult, previous_attempt: int, size: int) -> None:
         """Record and report the failure. Raises LaunchError if no other group may follow."""

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_training_toolkit.generation.reply_parser import ReplyParser
 from llm_training_toolkit.generation.text_stream import StopTextFilter
-from llm_training_toolkit.serving.reply_parser import ReplyParser
 
 CALL = '<tool_call>\n{"name": "area", "arguments": {"width": 2}}\n</tool_call>'
 BROKEN = '<tool_call>{"name": 3}</tool_call>'

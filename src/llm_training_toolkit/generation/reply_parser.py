@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from llm_training_toolkit.data.chat.messages import ChatMessage
 from llm_training_toolkit.generation.text_stream import count_partial_match
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -124,6 +125,17 @@ class ReplyParser:
             }
         )
         self.calls += 1
+
+
+def parse_reply(text: str, *, thinking: bool) -> ChatMessage:
+    """Return a whole answer as a message, its reasoning apart: templates drop that of earlier turns.
+
+    Tags of tool calls stay text. `thinking`: the prompt opened reasoning.
+    """
+    parser = ReplyParser(tools=False, thinking=thinking)
+    parts = [*parser.push_text(text), *parser.finish()]
+    reasoning = "".join(part.reasoning for part in parts)
+    return ChatMessage("assistant", "".join(part.content for part in parts), thinking=reasoning or None)
 
 
 def parse_tool_call(body: str) -> tuple[str, str] | None:
