@@ -1,13 +1,15 @@
 """Search over the settings that change speed and memory alone, on the hardware of a cluster file (`ltt plan --search`).
 
-These are the number of workers, ZeRO stage, offload, activation checkpointing and micro-batch. Pure.
+These are the number of workers, those that share rows or matrices, ZeRO stage, offload, activation checkpointing and
+micro-batch. Pure.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from llm_training_toolkit.config.schema import Config, Offload
 from llm_training_toolkit.errors import PlanError
@@ -39,8 +41,28 @@ SEARCHED_KEYS = (
 
 
 # Step times closer than this are equal: the estimate's median error is 12 % (docs/performance.md). The plainer settings
-# win then, as for `auto`: no offload, then less recomputation, then stages that exchange gradients once a step.
+# win then, as for `auto`: replicas of one worker, no offload, less recomputation, then stages that exchange gradients
+# once a step.
 _SAME_SPEED = 1.05
+_REPLICA_SIZES = (2, 4, 8)  # as many as nodes have devices; a run that asks for another size keeps it
+
+
+class ReplicaShape(NamedTuple):
+    """Workers of a replica: those that share rows and those that share matrices; one of the two is 1."""
+
+    sequence_parallel: int
+    tensor_parallel: int
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Return the arguments that set it; none for replicas of one worker."""
+        return tuple(f"engine.{name}={each}" for name, each in self._asdict().items() if each > 1)
+
+    def format(self) -> str:
+        """Format as `1`, `4 by rows` or `4 by matrices`."""
+        if self.tensor_parallel > 1:
+            return f"{self.tensor_parallel} by matrices"
+        return f"{self.sequence_parallel} by rows" if self.sequence_parallel > 1 else "1"
 
 
 @dataclass(frozen=True)
@@ -48,6 +70,7 @@ class SearchCandidate:
     """Combination that fits, with its estimate."""
 
     workers: int
+    replica: ReplicaShape
     offload: Offload
     settings: MemorySettings
     memory_gb: float
@@ -61,7 +84,8 @@ class SearchCandidate:
         """Return the arguments for `ltt plan` and `ltt train` that set it."""
         kept = self.settings
         values = (self.workers, kept.zero, self.offload, kept.checkpointing, kept.micro_batch)
-        return tuple(f"{key}={value}" for key, value in zip(SEARCHED_KEYS, values, strict=True))
+        workers, *others = (f"{key}={value}" for key, value in zip(SEARCHED_KEYS, values, strict=True))
+        return (workers, *self.replica.overrides, *others)
 
     @property
     def limited_by(self) -> str:
@@ -133,16 +157,27 @@ def search_settings(config: Config, plan: Plan, hardware: ClusterHardware) -> Se
     fastest: list[SearchCandidate] = []
     for workers in list_worker_counts(config, hardware):
         candidates: list[SearchCandidate] = []
-        for offload in get_args(Offload):
-            of_workers = _with_workers_and_offload(config, workers, offload)
-            combinations = list_memory_settings(of_workers, workers)
-            found = _find_fitting(of_workers, combinations, hardware)
+        for replica, offload in itertools.product(list_replica_shapes(config, workers), get_args(Offload)):
+            opened = _with_open_settings(config, workers, replica, offload)
+            if make_plan(opened).problems:  # such as heads that do not divide
+                continue
+            combinations = list_memory_settings(opened, workers)
+            found = _find_fitting(opened, combinations, hardware)
             tried, fitting = tried + len(combinations), fitting + len(found)
-            candidates += _estimate_candidates(of_workers, plan, hardware, found)
+            candidates += _estimate_candidates(opened, plan, hardware, found)
         if candidates:
             limit = _SAME_SPEED * min(each.estimate.step_seconds for each in candidates)
             fastest.append(next(each for each in candidates if each.estimate.step_seconds <= limit))
     return SettingsSearch(tried, fitting, tuple(fastest))
+
+
+def list_replica_shapes(config: Config, workers: int) -> list[ReplicaShape]:
+    """Return the replicas to try on so many workers, those of one worker first; given ones are kept."""
+    given = ReplicaShape(config.engine.sequence_parallel, config.engine.tensor_parallel)
+    if given != (1, 1):
+        return [given]
+    sizes = [each for each in _REPLICA_SIZES if workers % each == 0]
+    return [given, *(ReplicaShape(1, each) for each in sizes), *(ReplicaShape(each, 1) for each in sizes)]
 
 
 def list_worker_counts(config: Config, hardware: ClusterHardware) -> list[int]:
@@ -151,7 +186,8 @@ def list_worker_counts(config: Config, hardware: ClusterHardware) -> list[int]:
     Each is a multiple of a replica's workers; the workers of whole nodes are rounded down to one.
     """
     per_node, each = hardware.get_workers_per_node(config.cluster.cpus_per_worker), config.engine.ranks_per_replica
-    most = min(compute_max_workers(config, hardware, per_node), each * config.train.global_batch_size)
+    largest = each if each > 1 else max(_REPLICA_SIZES)
+    most = min(compute_max_workers(config, hardware, per_node), largest * config.train.global_batch_size)
     powers = [2**exponent for exponent in range(most.bit_length())]
     on_one = [each * power for power in powers if each * power < per_node]
     counts = {*on_one, *(per_node * nodes // each * each for nodes in powers), most}
@@ -172,7 +208,7 @@ def format_search(search: SettingsSearch) -> list[str]:
 
 
 _COLUMNS = (
-    *("workers", "ZeRO", "offload", "checkpointing", "micro-batch"),
+    *("workers", "replica of", "ZeRO", "offload", "checkpointing", "micro-batch"),
     *("GB", "host GB", "s/step", "time", "1,000 steps", ""),
 )
 
@@ -181,6 +217,7 @@ def _format_row(candidate: SearchCandidate) -> tuple[str, ...]:
     kept, estimate = candidate.settings, candidate.estimate
     return (
         str(candidate.workers),
+        candidate.replica.format(),
         str(kept.zero),
         candidate.offload,
         kept.checkpointing,
@@ -194,11 +231,11 @@ def _format_row(candidate: SearchCandidate) -> tuple[str, ...]:
     )
 
 
-def _with_workers_and_offload(config: Config, workers: int, offload: Offload) -> Config:
+def _with_open_settings(config: Config, workers: int, replica: ReplicaShape, offload: Offload) -> Config:
     """Return the configuration with these, and with the other searched settings open."""
     config = with_micro_batch(with_activation_checkpointing(config, "auto"), "auto")
     cluster = config.cluster.model_copy(update={"workers": workers})
-    engine = config.engine.model_copy(update={"offload": offload, "zero_stage": "auto"})
+    engine = config.engine.model_copy(update={"offload": offload, "zero_stage": "auto", **replica._asdict()})
     return config.model_copy(update={"cluster": cluster, "engine": engine})
 
 
@@ -232,4 +269,6 @@ def _estimate_candidates(
             continue
         per_node = -(-made.ranks // estimate.nodes)
         host = 0.0 if hardware.is_cpu else made.host_memory_gb_per_worker * per_node
-        yield SearchCandidate(made.workers, config.engine.offload, settings, found[settings] / 1e9, host, estimate)
+        replica = ReplicaShape(config.engine.sequence_parallel, config.engine.tensor_parallel)
+        memory_gb = found[settings] / 1e9
+        yield SearchCandidate(made.workers, replica, config.engine.offload, settings, memory_gb, host, estimate)

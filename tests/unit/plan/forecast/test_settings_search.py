@@ -64,10 +64,26 @@ def test_every_candidate_fits_and_none_is_faster(
     found = search(given, there)
     counts = list_worker_counts(given, there)
     assert counts[0] == 1
-    assert counts[-1] == min(batch, 8 * nodes)
+    assert counts[-1] == min(8 * batch, 8 * nodes)
     assert {each.workers for each in found.by_workers} <= set(counts)
     for each in found.by_workers:
         assert each.memory_gb <= 0.9 * memory_gb
+
+
+def test_rows_too_long_for_a_device_are_shared_by_more_workers_than_sequences() -> None:
+    found = search(config(**LARGE | {"data": {"sequence_length": 131072}}, train={"global_batch_size": 2}), hardware())
+    assert found.fastest is not None
+    assert found.fastest.workers == 8
+    assert found.fastest.replica == (4, 1)
+    assert "engine.sequence_parallel=4" in found.fastest.overrides
+
+
+def test_replicas_that_a_run_asks_for_are_kept_and_impossible_ones_are_left_out() -> None:
+    asked = search(config(**LARGE, engine={"tensor_parallel": 2}), hardware(nodes=1))
+    assert {each.replica for each in asked.by_workers} == {(1, 2)}
+    assert {each.settings.zero for each in asked.by_workers} <= {0, 1}
+    single = search(config(model={"name": "starcoderbase-1b"}), hardware(nodes=1))  # one key-value head
+    assert {each.replica for each in single.by_workers} == {(1, 1)}
 
 
 def list_step_seconds(given: Config, there: ClusterHardware, workers: int) -> Iterator[float]:
