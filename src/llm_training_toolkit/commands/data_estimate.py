@@ -1,4 +1,4 @@
-"""Length of an epoch and its partitions by the bytes of its files, before anything is prepared."""
+"""Length of an epoch by the bytes of its files, before anything is prepared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llm_training_toolkit.data.sources.files import get_compression_suffix
 from llm_training_toolkit.data.sources.find import list_source_files
 from llm_training_toolkit.data.sources.local import STANDARD_LIBRARY
 from llm_training_toolkit.errors import DataError
-from llm_training_toolkit.plan import DataFacts, StreamFacts, resolve_partitions
+from llm_training_toolkit.plan import DataFacts, StreamFacts
 
 BYTES_PER_TOKEN = 3.5  # an assumption: code and prose with vocabularies of 49,000 to 152,000 have 3 to 4.5
 _COLUMNAR = ".parquet"
@@ -25,8 +25,9 @@ def estimate_data_facts(config: Config) -> DataFacts | None:
     """
     if config.train.epochs is None:
         return None
-    total = _sum_all_sizes(config, counts_packed=False)
-    if not total:
+    sizes = [_sum_file_sizes(source) for source in config.data.sources]
+    total = sum(size for size in sizes if size is not None)
+    if None in sizes or not total:
         return None
     sequences = max(round(total / BYTES_PER_TOKEN / config.data.sequence_length), 1)
     return DataFacts((StreamFacts((sequences,)),), estimated=True)
@@ -41,34 +42,19 @@ def format_estimate_note(facts: DataFacts, config: Config) -> str:
     )
 
 
-def find_partition_note(config: Config) -> str | None:
-    """Say what `data.partitions: auto` becomes, None for small sources and where their bytes take long to learn."""
-    return resolve_partitions(config, _sum_all_sizes(config, counts_packed=True) or 0)[1]
-
-
-def _sum_all_sizes(config: Config, *, counts_packed: bool) -> int | None:
-    """Return the bytes of all training sources, or None if those of one are not known here."""
-    sizes = [_sum_file_sizes(source, counts_packed=counts_packed) for source in config.data.sources]
-    return None if None in sizes else sum(size for size in sizes if size is not None)
-
-
-def _sum_file_sizes(source: SourceConfig, *, counts_packed: bool) -> int | None:
-    """Return the bytes of a source, or None if they are not known here: of packed files unless `counts_packed`."""
+def _sum_file_sizes(source: SourceConfig) -> int | None:
+    """Return the bytes of a source, or None if they are not known here."""
     if source.format == "git" or is_uri(source.path):
         return None
     if source.path != STANDARD_LIBRARY and not _is_on_this_disk(source.path):
         return None
     try:
         files = list_source_files(source)
-        if not counts_packed and any(_is_packed(file.name) for file in files):
+        if any(get_compression_suffix(file.name) or file.name.endswith(_COLUMNAR) for file in files):
             return None
         return sum(Path(file.filesystem_path).stat().st_size for file in files)
     except (DataError, OSError):
         return None  # `prepare` and `train` say what is wrong
-
-
-def _is_packed(name: str) -> bool:
-    return bool(get_compression_suffix(name)) or name.endswith(_COLUMNAR)
 
 
 def _is_on_this_disk(path: str) -> bool:

@@ -59,16 +59,12 @@ def search_run_settings(config: Config, cluster: Path) -> tuple[Plan, SettingsSe
 
 
 def _make_plan(config: Config) -> Plan:
-    """Return the plan, with the length of a run over epochs and the partitions estimated by the bytes of its files."""
-    from llm_training_toolkit.commands.data_estimate import (
-        estimate_data_facts,
-        find_partition_note,
-        format_estimate_note,
-    )
-
+    """Return the plan, with the length of a run over epochs estimated by the bytes of its files."""
     plan = make_plan(config)
-    if note := find_partition_note(config):
-        plan = plan.with_notes([note])
+    if config.train.epochs is None:
+        return plan
+    from llm_training_toolkit.commands.data_estimate import estimate_data_facts, format_estimate_note
+
     facts = estimate_data_facts(config)
     if facts is None:
         return plan

@@ -78,10 +78,9 @@ class DataConfig(ConfigSection):
     """Unreadable documents: stop and name the document, or skip and count it."""
     max_skipped: Annotated[Share, FieldTag.IDENTITY] = 0.001
     """Maximum share of documents that `on_error: skip` may skip."""
-    partitions: Annotated[Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] | Literal["auto"], FieldTag.IDENTITY] = "auto"
+    partitions: Annotated[Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] | None, FieldTag.IDENTITY] = None
     """Partitions of an epoch, prepared and trained on one after the other: training begins with the first one.
-    Documents mix only within their partition. `auto` = one for every 2 GiB of source files from 4 GiB on; 1 with
-    `train.epochs` or `group_by: repository`."""
+    Documents mix only within their partition. Absent = one. Not with `train.epochs` or `group_by: repository`."""
     cache: Annotated[PlainLocation, Field(min_length=1), FieldTag.FREE] = "auto"
     """Directory for tokenized data, shared by runs. `auto` = `.cache` in `run.dir`, or `~/.cache/llm-training-toolkit`
     if `run.dir` is an object store."""

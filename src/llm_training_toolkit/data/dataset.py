@@ -18,6 +18,7 @@ from llm_training_toolkit.data.prepare.packing import PackingPlan
 from llm_training_toolkit.data.types import Example
 from llm_training_toolkit.errors import DataError
 from llm_training_toolkit.plan import StreamPosition, count_per_stream, merge_streams
+from llm_training_toolkit.plan.problem import format_plural
 
 
 class SequenceRef(NamedTuple):
@@ -151,10 +152,10 @@ class PackedDataset:
         missing, prepared = len(self._starts[stream]) - 1, self._starts[stream][-1]
         epoch, partition = divmod(missing, self._partitions)
         of_source = f" of {self.dataset_info.sources[stream].path}" if len(self._starts) > 1 else ""
-        unit, of_epoch = ("epochs", "") if self._partitions == 1 else ("partitions", f"partition {partition} of ")
+        unit, of_epoch = ("epoch", "") if self._partitions == 1 else ("partition", f"partition {partition} of ")
         return DataError(
-            f"step {step}: needs sequences of {of_epoch}epoch {epoch}{of_source}, and only {missing} {unit} "
-            f"({prepared} sequences) are prepared. Prepare at least {missing + 1} {unit}."
+            f"step {step}: needs sequences of {of_epoch}epoch {epoch}{of_source}, and only "
+            f"{format_plural(missing, unit)} ({prepared} sequences) can be read. Prepare at least {missing + 1}."
         )
 
     def _locate_sequence(self, due: StreamPosition) -> SequenceRef:

@@ -43,9 +43,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_out_of_shared_memory(error: BaseException) -> bool:
     """Return whether a Triton kernel takes more of a multiprocessor than there is; smaller micro-batches do not help.
 
-    The text is that of triton's `OutOfResources`, with its subject: shared memory, registers or tensor memory.
+    The text is that of triton's `OutOfResources`, with its subject: shared memory, registers or tensor memory. Inductor
+    writes a sentence of its own before it.
     """
-    return str(error).startswith("out of resource: ")
+    return "out of resource: " in str(error)
 
 
 def set_allocator_options(device: torch.device) -> None:

@@ -75,23 +75,19 @@ def _format_slowdown(slowdown: float) -> str:
     return f"{1 / slowdown:.2g} times faster" if slowdown < 1 else f"{slowdown:.2g} times slower"
 
 
-def resolve_partitions(config: Config, source_bytes: int) -> tuple[int, str | None]:
-    """Return `data.partitions` as a number, chosen by the bytes of the training sources' files as they are stored.
+def suggest_partitions(config: Config, source_bytes: int) -> str | None:
+    """Return a note that `data.partitions` would let a run over large files begin sooner; None where it would not help.
 
-    The second value is the reason, None where there was nothing to choose: a number is given, or sources are small.
+    `source_bytes` are those of the training sources' files as they are stored.
     """
-    if config.data.partitions != "auto":
-        return config.data.partitions, None
-    if source_bytes < 2 * _PARTITION_BYTES:
-        return 1, None
-    if config.train.epochs is not None:
-        count, why = 1, ", but train.epochs needs all of an epoch to know the number of steps"
-    elif any(source.group_by == "repository" for source in config.data.sources):
-        count, why = 1, ", but group_by: repository assembles a source as a whole"
-    else:
-        count = min(source_bytes // _PARTITION_BYTES, MAX_PARTITIONS)
-        why = "; training begins when the first of these parts is prepared"
-    return count, str(ResolvedValue("data.partitions", count, f"{source_bytes / (1 << 30):,.1f} GiB of files{why}"))
+    helps = config.train.epochs is None and all(each.group_by != "repository" for each in config.data.sources)
+    if config.data.partitions is not None or source_bytes < 2 * _PARTITION_BYTES or not helps:
+        return None
+    count = min(source_bytes // _PARTITION_BYTES, MAX_PARTITIONS)
+    return (
+        f"{source_bytes / (1 << 30):,.1f} GiB of files are prepared before the first step. With data.partitions: "
+        f"{count} a new run would begin with one part of them, and documents would mix within their part"
+    )
 
 
 def with_precision(config: Config, precision: Precision) -> Config:

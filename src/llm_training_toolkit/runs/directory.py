@@ -10,6 +10,7 @@ import fcntl
 import os
 import platform
 import re
+import secrets
 import socket
 import sys
 from collections.abc import Iterator
@@ -180,14 +181,20 @@ class _FileLock:
     path: Path
     device: int
     inode: int
+    note: bytes
+    """Content of the file: this process, and a token by which it knows its own lock."""
 
     def is_lost(self) -> bool:
-        """Return whether another file, or none, has the name; False if the file system does not tell."""
+        """Return whether another file, or none, has the name; False if the file system does not tell.
+
+        Some file systems number a file anew at each look: then the content decides.
+        """
         try:
             found = self.path.stat()
+            is_same = (found.st_dev, found.st_ino) == (self.device, self.inode)
+            return not is_same and self.path.read_bytes() != self.note
         except OSError as error:
             return isinstance(error, FileNotFoundError)
-        return (found.st_dev, found.st_ino) != (self.device, self.inode)
 
 
 @contextmanager
@@ -206,8 +213,9 @@ def lock_run_directory(run: RunDirectory) -> Iterator[RunDirectory]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
+            holder, _, _ = lock.read().decode().partition("\n")
             raise LaunchError(
-                f"run {run.path} is already running ({lock.read().decode().strip() or 'holder unknown'}): "
+                f"run {run.path} is already running ({holder or 'holder unknown'}): "
                 "wait for it or stop it, or give this one another run.name"
             ) from None
         except OSError as error:
@@ -215,11 +223,12 @@ def lock_run_directory(run: RunDirectory) -> Iterator[RunDirectory]:
                 f"run directory {run.path}: its file system keeps no locks ({error.strerror}), so nothing would keep "
                 "two processes out of one run. Mount it with them (Lustre: -o flock), or set run.dir elsewhere"
             ) from error
+        note = f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(8)}\n".encode()
         with suppress(OSError):  # the note is a courtesy, and a full disk may have room again in a moment
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            lock.write(note)
         opened = os.fstat(lock.fileno())
-        yield replace(run, lock=_FileLock(run.path / "lock", opened.st_dev, opened.st_ino))
+        yield replace(run, lock=_FileLock(run.path / "lock", opened.st_dev, opened.st_ino, note))
 
 
 def collect_environment() -> dict[str, Any]:

@@ -31,20 +31,20 @@ def build_runs_table(found: Iterable[RunStatus]) -> Table:
         table.add_column(title, overflow="fold")
     for run in found:
         table.add_row(
-            _escape_cell(run.name),
+            escape_cell(run.name),
             f"[{_COLOURS[run.state]}]{run.state}[/]",
             f"{run.step:,}" + (f"/{run.steps:,}" if run.steps is not None else ""),
             "" if run.seconds_left is None else format_duration(run.seconds_left),
             "" if run.loss is None else f"{run.loss:.4f}",
             "" if run.tflops is None else format_device_speed(run.tflops, run.mfu),
             f"{run.goodput['step'] / sum(run.goodput.values()):.0%}" if sum(run.goodput.values()) else "",
-            _escape_cell(run.checkpoint or ""),
-            _escape_cell(run.error or ""),
+            escape_cell(run.checkpoint or ""),
+            escape_cell(run.error or ""),
         )
     return table
 
 
-def _escape_cell(text: str) -> str:
+def escape_cell(text: str) -> str:
     """Return a text from a run's files in one line, without a meaning for the terminal or for rich."""
     return escape(escape_control_characters(" ".join(text.splitlines())))
 

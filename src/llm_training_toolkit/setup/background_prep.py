@@ -42,6 +42,7 @@ from llm_training_toolkit.runs.directory import RunDirectory
 from llm_training_toolkit.setup.resume import ResumeState, read_resume_state
 
 _LEAVE_SECONDS = 10
+_REPLACED = 3  # exit code: the run directory has a dataset info of another origin
 _NICENESS = 10  # training workers get the CPU first
 
 
@@ -98,7 +99,7 @@ def _watch_process(
     if process.wait() == 0 or ending.is_set():
         return
     if run.lock is not None and run.lock.is_lost():
-        return
+        return  # the run is another command's; its dataset info was not this process's
     state, why = read_preparation_state(run)
     if state == "working":
         why = f"the process that prepares it ended with {process.returncode}; see {log}"
@@ -169,8 +170,10 @@ def main() -> None:
     os.nice(_NICENESS)
     try:
         _prepare_remaining_parts(run, config, digest)
-    except (KeyboardInterrupt, _RunReplacedError):
+    except KeyboardInterrupt:
         return
+    except _RunReplacedError:
+        sys.exit(_REPLACED)
     except (ToolkitError, OSError, MemoryError) as error:
         write_preparation_state(run, "failed", str(error) or type(error).__name__)
         raise

@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from llm_training_toolkit.config import Config
+from llm_training_toolkit.config.schema import EngineConfig
 from llm_training_toolkit.distributed.context import RunContext
 from llm_training_toolkit.distributed.events import NoteEvent
 from llm_training_toolkit.errors import PlanError, TrainingError
@@ -126,12 +127,21 @@ def _format_kept_settings(config: Config, previous: MemorySettings) -> tuple[str
     return tuple(f"{key} = {value} (auto): as before" for key, given, value in configured if given == "auto")
 
 
+def _drop_engine_defaults(load: Any) -> Any:  # noqa: ANN401 - of an attempt's record
+    """Return a recorded load without the defaults of its engine section, which earlier versions wrote."""
+    if not isinstance(load, dict) or not isinstance(load.get("engine"), dict):
+        return load
+    defaults = EngineConfig().model_dump(mode="json")
+    engine = {key: value for key, value in load["engine"].items() if key not in defaults or defaults[key] != value}
+    return load | {"engine": engine}
+
+
 def _find_previous_settings(run: RunDirectory, config: Config, context: RunContext) -> MemorySettings | None:
     """Return the settings that follow from the newest attempt under the same load, or None without one."""
     load = describe_memory_load(config, context)
     for number in range(find_last_attempt(run), 0, -1):
         record = read_attempt_record(run, number)
-        if record.get("load") != load or "activation_checkpointing" not in record:
+        if _drop_engine_defaults(record.get("load")) != load or "activation_checkpointing" not in record:
             continue
         tried = MemorySettings(record["activation_checkpointing"], int(record["micro_batch"]), int(record["zero"]))
         given = config.train.micro_batch_size

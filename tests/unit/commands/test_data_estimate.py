@@ -43,15 +43,3 @@ def test_nothing_is_estimated_where_bytes_say_little(tmp_path: Path) -> None:
         assert estimate_data_facts(config_of(path, epochs=1)) is None
     plan, _ = plan_run(config_of(tmp_path, epochs=1))
     assert plan.steps is None
-
-
-def test_partitions_of_large_files_are_in_the_plan(tmp_path: Path) -> None:
-    with (tmp_path / "large.jsonl.gz").open("wb") as file:
-        file.truncate(9 << 30)
-    source = {"path": str(tmp_path / "large.jsonl.gz"), "format": "code"}
-    config = config_of(tmp_path, steps=3)
-    data = config.data.model_validate({"sequence_length": 64, "sources": [source]})
-    plan, _ = plan_run(config.model_copy(update={"data": data}))
-    assert any("data.partitions = 4 (auto): 9.0 GiB" in note for note in plan.notes)
-    few, _ = plan_run(config_of("absent", steps=3))
-    assert not any("data.partitions" in note for note in few.notes)

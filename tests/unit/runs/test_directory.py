@@ -111,6 +111,10 @@ def test_a_run_that_was_removed_or_begun_anew_is_lost_to_its_holder(run: RunDire
     run.check_lock()  # of a process that did not lock it
     with lock_run_directory(run) as locked:
         locked.check_lock()
+        lock = run.path / "lock"
+        lock.write_bytes(lock.rename(run.path / "moved").read_bytes())  # as if its number changed at each look
+        locked.check_lock()
+        (run.path / "moved").rename(lock)
         run.path.rename(run.path.with_name("removed"))
         with pytest.raises(LaunchError, match="leaves the directory as it is"):
             locked.check_lock()

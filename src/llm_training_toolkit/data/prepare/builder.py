@@ -56,7 +56,7 @@ from llm_training_toolkit.data.tokenizer import (
     TokenizationSpec,
 )
 from llm_training_toolkit.errors import DataError, ToolkitError
-from llm_training_toolkit.plan import compute_integer_shares, resolve_partitions
+from llm_training_toolkit.plan import compute_integer_shares, suggest_partitions
 
 
 def prepare_dataset(
@@ -108,7 +108,8 @@ class DatasetBuilder:
         self.streams = _build_streams(self.data)
         self._parts: dict[tuple[str, int], EpochInfo] = {}
         self.sources_fingerprint, sizes = inspect_sources(self.sources)
-        self.partitions, self.partition_note = resolve_partitions(config, sum(sizes[: len(self.data.sources)]))
+        self.partitions = config.data.partitions or 1
+        self.partition_note = suggest_partitions(config, sum(sizes[: len(self.data.sources)]))
         self._tokenizer = DatasetTokenizer(config.tokenizer, self.data, self.sources, markers)
         self.tokenizer_key = self._tokenizer.compute_key(self.sources_fingerprint)
         self.fingerprint = compute_cache_key(

@@ -37,8 +37,8 @@ from llm_training_toolkit.errors import DataError
 
 _PROGRESS_EVERY = 256
 _CHARACTERS_PER_SHARD = 1 << 25  # about ten million tokens: half a minute of one core's work, and a file of 40 MB
-# Partitions then differ from each other by about an eighth at most, and a compressed file is read from its beginning at
-# most so often for each.
+# Partitions then differ from each other by about an eighth at most. A file is read in about a dozen pieces for each.
+# With this number or the size of a shard, the order of runs with partitions changes: give FORMAT_VERSION another value.
 BLOCKS_PER_PARTITION = 8
 _SCHEMA = pa.schema(
     [("source", pa.int32()), ("name", pa.large_string()), ("hash", pa.binary(16)), ("characters", pa.int64())]

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from llm_training_toolkit.errors import LaunchError
 from llm_training_toolkit.launch.ray.private_api import JOB_CLIENT_LOGGERS, get_server_ray_version
-from llm_training_toolkit.runs.table import format_duration
+from llm_training_toolkit.runs.table import escape_cell, format_duration
 
 RUN_NAME_METADATA = "ltt_run"  # metadata key of the run's name, by which a run is resumed
 _STATUS_COLOURS = {
@@ -139,7 +139,9 @@ def build_jobs_table(jobs: Iterable[RayJob]) -> Table:
         began = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.began)) if job.began else ""
         took = format_duration((job.ended or time.time()) - job.began) if job.began else ""
         state = f"[{_STATUS_COLOURS.get(job.status, 'default')}]{job.status}[/]"
-        table.add_row(escape(job.run), state, began, took, escape(job.id), escape(job.entrypoint.removeprefix("exec ")))
+        table.add_row(
+            escape(job.run), state, began, took, escape(job.id), escape_cell(job.entrypoint.removeprefix("exec "))
+        )
     return table
 
 

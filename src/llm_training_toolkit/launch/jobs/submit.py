@@ -81,7 +81,9 @@ def submit_job(
         job = _submit_entrypoint(client, request, config, left_out)
     console.print_line(f"submitted as job {job} to {address}, with {carried} of this folder")
     if detach:
-        console.print_line(f"`ltt jobs logs {config.run.name}` follows it, `ltt jobs stop {config.run.name}` stops it")
+        at = "" if address == os.environ.get("RAY_API_SERVER_ADDRESS") else f" --address {address}"
+        follow, stop = (f"`ltt jobs {verb} {config.run.name}{at}`" for verb in ("logs", "stop"))
+        console.print_line(f"{follow} follows it, {stop} stops it")
         return 0
     console.print_line("Ctrl-C: stop it with a checkpoint, or leave it alone")
     return follow_job(JobHandle(client, job, address, console), config.run.name, console)

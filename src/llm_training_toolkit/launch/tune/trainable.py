@@ -42,7 +42,7 @@ from llm_training_toolkit.search.early_stopping import compute_rung_steps, get_b
 from llm_training_toolkit.search.results import read_trained_tokens
 from llm_training_toolkit.setup.background_prep import prepare_in_background
 from llm_training_toolkit.setup.hub_weights import ask_for_size
-from llm_training_toolkit.setup.resume import read_resume_state
+from llm_training_toolkit.setup.resume import check_documents_unchanged, read_resume_state
 from llm_training_toolkit.setup.run_files import write_run_files
 from llm_training_toolkit.worker.precision import read_precision_notes
 
@@ -197,6 +197,7 @@ class _TrialRunner:
         dataset_info = resume_state.find_reusable_dataset(config, ())
         if dataset_info is None:
             builder = DatasetBuilder(config, get_tokenization_spec(config), console.update_stage, render_in_process)
+            check_documents_unchanged(resume_state, config, builder, ())
             dataset_info = prepare_epochs(
                 builder, config, resume_state.step, resume_state.sequences, until=resume_state.step + 1
             ).dataset_info

@@ -174,7 +174,10 @@ def _prepare_shared_data(spec: SearchSpec, console: Console) -> None:
     """
     config = spec.trials.build_config(_find_trainable_point(spec))
     check_cluster_nodes(spec.directory.driver_run, config, console)
-    dataset_info = prepare_epochs(create_dataset_builder(config, console), config, until=1).dataset_info
+    builder = create_dataset_builder(config, console)
+    # All partitions: every trial would prepare the later ones for itself, at the same time.
+    until = 1 if builder.partitions == 1 else None
+    dataset_info = prepare_epochs(builder, config, until=until).dataset_info
     for row in format_dataset_info(dataset_info):
         console.print_line(row)
     if spec.search.metric.startswith("eval/") and not dataset_info.eval_sequences:

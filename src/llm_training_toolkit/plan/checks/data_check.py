@@ -52,7 +52,7 @@ def find_data_problems(config: Config, size: ModelSize, hf: HfValues) -> Iterato
 def _find_partition_problems(config: Config) -> Iterator[Problem]:
     """Find partitions that would delay the start like a single one, or that cannot be dealt."""
     partitions, where = config.data.partitions, "data.partitions"
-    if partitions in {"auto", 1}:
+    if partitions is None or partitions == 1:
         return
     if config.train.epochs is not None:
         what = f"{partitions} partitions with train.epochs, whose number of steps needs every one of them first"
