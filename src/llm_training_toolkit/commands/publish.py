@@ -54,7 +54,7 @@ class PublishRequest:
     licence: str | None = None
     """Licence's name on the hub; by default that of the base."""
     replace: bool = False
-    """Whether the export may take the place of another run's."""
+    """Permission to take the place of another run's export."""
 
 
 @dataclass(frozen=True)

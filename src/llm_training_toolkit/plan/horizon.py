@@ -147,9 +147,9 @@ def _count_needed_sequences(config: Config, data_facts: DataFacts, until: int | 
 def _compute_run_steps(config: Config, data_facts: DataFacts | None) -> tuple[int | None, bool]:
     """Return the length of the run in steps, and whether it is inexact.
 
-    Tokens and epochs are converted to sequences. The part not seen in the completed steps is divided by the global
-    batch and rounded up, as the stream is continuous. An unprepared part counts as the mean of the prepared ones;
-    without any of those the length is None.
+    Tokens and epochs are converted to sequences. What the completed steps have left of them is divided by the
+    global batch and rounded up, as the stream is continuous. A part that is still missing counts as the mean of those
+    that are prepared. If none is, the length is None.
     """
     train = config.train
     if train.steps is not None:

@@ -163,9 +163,8 @@ def _iter_moments(load: DeviceWorkload) -> Iterator[tuple[int, int, int, int]]:
     """
     buffers = {2: 1 + load.overlaps_gradients, 3: 1}.get(load.zero, 0)
     buffer = buffers * load.bytes_per_value * load.bucket_elements
-    last = (
-        load.gradient_width * load.bucket_elements if load.zero == 3 else 0
-    )  # the bucket reduced last is kept until the next
+    # The bucket reduced last is kept until the next.
+    last = load.gradient_width * load.bucket_elements if load.zero == 3 else 0
     for activations, logits in _iter_pass_moments(load):
         yield last + buffer, activations, logits, 0
     shape, left = load.build_pass_shape(), 1 - load.bucket_elements / max(load.trainable_parameters, 1)
