@@ -73,7 +73,7 @@ def _format_zero_stage(plan: Plan) -> str:
     if plan.tensor_parallel > 1:
         stage = f"ZeRO {plan.zero}{' (auto)' if 'zero' in plan.estimated else ''}"
         spread = f"{_SPREAD[plan.zero]} over {format_plural(plan.replicas, 'replica')}"
-        cut = f"each {plan.tensor_parallel} workers hold slices of the matrices"
+        cut = f"{plan.tensor_parallel} workers to a replica hold slices of the matrices"
         return f"{cut}; {stage} {spread}" if plan.replicas > 1 else f"{cut}; {stage}"
     if "zero" not in plan.estimated:
         return f"ZeRO {plan.zero} {_SPREAD[plan.zero]} over {_format_workers(plan)}"

@@ -104,8 +104,8 @@ def test_a_device_holds_a_slice_of_the_matrices_and_its_share_of_their_state() -
 @pytest.mark.parametrize(
     ("workers", "stage", "line"),
     [
-        (2, "auto", "each 2 workers hold slices of the matrices; ZeRO 0 (auto)"),
-        (4, 1, "each 2 workers hold slices of the matrices; ZeRO 1 spreads optimizer state over 2 replicas"),
+        (2, "auto", "2 workers to a replica hold slices of the matrices; ZeRO 0 (auto)"),
+        (4, 1, "2 workers to a replica hold slices of the matrices; ZeRO 1 spreads optimizer state over 2 replicas"),
     ],
 )
 def test_the_plan_says_who_shares_what(workers: int, stage: int | str, line: str) -> None:
