@@ -70,14 +70,18 @@ config = parse_config({
     "data": {"sequence_length": 64, "sources": [{"path": "/d", "format": "text"}]},
     "train": {"steps": 1, "global_batch_size": 1},
 }, "test")
+info = Path("../run/data/dataset_info.json")
+info.parent.mkdir(parents=True)
+info.write_text("{}")
 log = Path("../run/logs/preparation.log")
 with background_prep.prepare_in_background(RunDirectory(Path("../run")), config, None, Console()):
     until = time.monotonic() + 60
-    while time.monotonic() < until and not (log.exists() and "is no run" in log.read_text()):
+    while time.monotonic() < until and not (log.exists() and "DataError" in log.read_text()):
         time.sleep(0.1)
 """
     run_in(folder, "-P", "-c", start)
-    assert "is no run that has begun" in (folder.parent / "run" / "logs" / "preparation.log").read_text()
+    said = (folder.parent / "run" / "logs" / "preparation.log").read_text()
+    assert "DataError: data/dataset_info.json cannot be read" in said
 
 
 @pytest.mark.cluster
