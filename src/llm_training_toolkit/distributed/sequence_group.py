@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,9 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm_training_toolkit.distributed.context import RunContext
-
-# torch's 10 minutes for NCCL would end a run whose other ranks wait for the data of one; hangs are detected elsewhere.
-_TIMEOUT = timedelta(hours=1)
+from llm_training_toolkit.distributed.process_groups import form_process_group
 
 
 @dataclass(frozen=True)
@@ -85,6 +82,4 @@ def form_sequence_group(context: RunContext, size: int) -> SequenceGroup | None:
     if size == context.world_size:
         return SequenceGroup(index, size)
     ranks: Sequence[int] = range(context.rank - index, context.rank - index + size)
-    # Synchronized among its members only: otherwise all ranks would wait for every replica's group in turn.
-    group = dist.new_group(list(ranks), timeout=_TIMEOUT, use_local_synchronization=True)
-    return SequenceGroup(index, size, group)
+    return SequenceGroup(index, size, form_process_group(ranks))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,9 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm_training_toolkit.distributed.context import RunContext
-
-# torch's 10 minutes for NCCL would end a run whose other ranks wait for the data of one; hangs are detected elsewhere.
-_TIMEOUT = timedelta(hours=1)
+from llm_training_toolkit.distributed.process_groups import form_process_group
 
 
 @dataclass(frozen=True)
@@ -128,5 +125,4 @@ def _form_group(context: RunContext, ranks: Sequence[int]) -> Any:  # noqa: ANN4
     """Return torch's group of these ranks; None for one rank and for all."""
     if len(ranks) in {1, context.world_size}:
         return None
-    # Synchronized among its members only: otherwise all ranks would wait for every replica's group in turn.
-    return dist.new_group(list(ranks), timeout=_TIMEOUT, use_local_synchronization=True)
+    return form_process_group(ranks)
