@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 import rank_tasks
-from llm_training_toolkit.data.sample_log import read_sample_log
-from llm_training_toolkit.runs.attempts import find_last_attempt
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.json_lines import read_newest_rows
 from rank_pool import RankPool
+from run_results import read_fetched, read_values
 from tiny_runs import SHAPE
 
 Pools = Callable[[int], RankPool]
@@ -86,18 +84,6 @@ def test_gradients_of_other_models_and_settings_are_those_of_one_rank(
     alone = {section: values for section, values in sections.items() if section != "engine"}
     wanted = compute_gradients(pools, run, 1, 1, 0, micro_batch=3, **alone)
     assert_agree(compute_gradients(pools, run, 2, 2, 3, micro_batch=3, **sections), wanted)
-
-
-def read_values(run: RunDirectory, name: str) -> dict[int, float]:
-    """A metric by step."""
-    return {row["step"]: row[name] for row in read_newest_rows(run.metrics_path) if name in row}
-
-
-def read_fetched(run: RunDirectory) -> list[tuple[int, Any]]:
-    """Every sequence that was fetched, with its step."""
-    attempts = range(1, find_last_attempt(run) + 1)
-    logged = (row for attempt in attempts for row in read_sample_log(run.sample_log_dir, attempt))
-    return sorted((step, sequence) for step, sequences in logged for sequence in sequences)
 
 
 def test_runs_change_the_ranks_of_a_replica_at_a_resume(pools: Pools, fresh_run: Callable[[str], RunDirectory]) -> None:

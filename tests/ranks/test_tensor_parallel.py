@@ -13,13 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rank_tasks
-from llm_training_toolkit.data.sample_log import read_sample_log
 from llm_training_toolkit.plan import make_plan
-from llm_training_toolkit.runs.attempts import find_last_attempt
 from llm_training_toolkit.runs.directory import RunDirectory
-from llm_training_toolkit.runs.json_lines import read_newest_rows
 from rank_pool import RankPool
-from run_results import newest_checkpoint
+from run_results import newest_checkpoint, read_fetched, read_values
 from tiny_runs import SHAPE
 
 Pools = Callable[[int], RankPool]
@@ -169,18 +166,6 @@ def test_weights_that_do_not_fit_are_refused_on_every_rank(
     assert said[0] == said[1]
     assert "model.layers.1.mlp.down_proj.weight" in said[0]
     assert "[64, 120]" in said[0]
-
-
-def read_values(run: RunDirectory, name: str) -> dict[int, float]:
-    """A metric by step."""
-    return {row["step"]: row[name] for row in read_newest_rows(run.metrics_path) if name in row}
-
-
-def read_fetched(run: RunDirectory) -> list[tuple[int, Any]]:
-    """Every sequence that was fetched, with its step."""
-    attempts = range(1, find_last_attempt(run) + 1)
-    logged = (row for attempt in attempts for row in read_sample_log(run.sample_log_dir, attempt))
-    return sorted((step, sequence) for step, sequences in logged for sequence in sequences)
 
 
 def test_runs_change_the_ranks_of_a_replica_at_a_resume(pools: Pools, fresh_run: Callable[[str], RunDirectory]) -> None:

@@ -11,8 +11,11 @@ import numpy as np
 
 from llm_training_toolkit.checkpoint import find_latest_checkpoint
 from llm_training_toolkit.data.dataset import PackedDataset
+from llm_training_toolkit.data.sample_log import read_sample_log
 from llm_training_toolkit.data.tokenizer import open_tokenizer
+from llm_training_toolkit.runs.attempts import find_last_attempt
 from llm_training_toolkit.runs.directory import RunDirectory
+from llm_training_toolkit.runs.json_lines import read_newest_rows
 
 
 def read_rows(run: RunDirectory) -> list[dict[str, Any]]:
@@ -33,6 +36,18 @@ def read_losses(run: RunDirectory) -> dict[int, float]:
 def list_losses(run: RunDirectory) -> list[float]:
     """Training losses in the order written, repeated steps included."""
     return [row["train/loss"] for row in read_rows(run) if "train/loss" in row]
+
+
+def read_values(run: RunDirectory, name: str) -> dict[int, float]:
+    """A metric by step."""
+    return {row["step"]: row[name] for row in read_newest_rows(run.metrics_path) if name in row}
+
+
+def read_fetched(run: RunDirectory) -> list[tuple[int, Any]]:
+    """Every sequence that was fetched, with its step."""
+    attempts = range(1, find_last_attempt(run) + 1)
+    logged = (row for attempt in attempts for row in read_sample_log(run.sample_log_dir, attempt))
+    return sorted((step, sequence) for step, sequences in logged for sequence in sequences)
 
 
 def newest_checkpoint(run: RunDirectory) -> Path:
